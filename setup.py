@@ -35,18 +35,15 @@ class BuildExt(build_ext):
             )
             return str(target) if fresh and not self.force else None
 
-        def compile_side_by_side(sources, output_dir=None, include_dirs=None, **options):
+        def compile_side_by_side(sources, output_dir=None, extra_postargs=(), **options):
             def one(source):
                 done = up_to_date(source, output_dir)
                 if done:
                     return [done]
-                torch_dirs = include_paths() if source.endswith(".cpp") else []
-                return compile_one(
-                    [source],
-                    output_dir=output_dir,
-                    include_dirs=[*(include_dirs or []), *torch_dirs],
-                    **options,
-                )
+                flags = list(extra_postargs or ())
+                if source.endswith(".cpp"):  # -isystem: torch's headers are not ours to warn about
+                    flags += [part for path in include_paths() for part in ("-isystem", path)]
+                return compile_one([source], output_dir=output_dir, extra_postargs=flags, **options)
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return [o for objects in pool.map(one, sources) for o in objects]
