@@ -1,0 +1,1 @@
+"""Benchmarks of gpu-poor. Each module answers one question and writes one JSON file."""
