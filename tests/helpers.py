@@ -19,7 +19,7 @@ ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 
 
 def to_numpy(x) -> np.ndarray:
-    """Any tensor or array as NumPy; floats become float64, which holds every smaller one exactly."""
+    """Any tensor or array as NumPy; floats become float64, which holds every other exactly."""
     if isinstance(x, Tensor):
         x = x.detach().cpu()
         return (x.double() if x.is_floating_point() else x).numpy()
