@@ -1,0 +1,408 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The torch operators gpu_poor::* over libtorch's stable C++ ABI: check everything once, allocate,
+ * split the work over torch's own threads, call the C kernels. Nothing throws inside a parallel
+ * region. The only C++ here: torch's headers are not valid C.
+ */
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "gpu_poor.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape_of(const Tensor &t)
+{
+    std::string s = "[";
+    for (int64_t i = 0; i < t.dim(); i++) s += (i ? ", " : "") + std::to_string(t.size(i));
+    return s + "]";
+}
+
+gp_dtype float_type(ScalarType type, const char *op, const char *argument)
+{
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                        type == ScalarType::Half,
+                    op, ": ", argument, " must be float32, bfloat16 or float16");
+    return type == ScalarType::Float ? GP_F32 : type == ScalarType::BFloat16 ? GP_BF16 : GP_F16;
+}
+
+Tensor dense(const Tensor &t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+Tensor new_tensor(const std::vector<int64_t> &sizes, ScalarType type)
+{
+    return torch::stable::empty(sizes, type);
+}
+
+std::vector<int64_t> leading(const Tensor &t)
+{
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i + 1 < t.dim(); i++) sizes.push_back(t.size(i));
+    return sizes;
+}
+
+int64_t product(const std::vector<int64_t> &sizes)
+{
+    int64_t n = 1;
+    for (int64_t s : sizes) n *= s;
+    return n;
+}
+
+/* int8 weight [..., K] and its float32 scales [...]. */
+void check_weight(const char *op, const Tensor &weight, const Tensor &scale)
+{
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && weight.dim() >= 1, op,
+                    ": weight must be int8 [..., K], got shape ", shape_of(weight));
+    bool fits = scale.scalar_type() == ScalarType::Float && scale.dim() == weight.dim() - 1;
+    for (int64_t i = 0; fits && i < scale.dim(); i++) fits = scale.size(i) == weight.size(i);
+    STD_TORCH_CHECK(fits, op, ": scale must be float32, one per row of the weight ",
+                    shape_of(weight), ", got shape ", shape_of(scale));
+    STD_TORCH_CHECK(weight.is_cpu() && scale.is_cpu(), op, ": all tensors must be on one device");
+}
+
+/* Threads cost a few microseconds to wake: a chunk should be worth more. `unit` keeps the chunks'
+ * borders at multiples of it. */
+template <class F>
+void parallel(int64_t n, int64_t unit, double bytes_per_item, const F &f)
+{
+    constexpr double kChunkBytes = 64 * 1024;
+    int64_t units = (n + unit - 1) / unit;
+    int64_t grain = 1 + static_cast<int64_t>(kChunkBytes / (bytes_per_item * unit + 1));
+    if (units <= grain) {
+        if (n > 0) f(0, n);
+        return;
+    }
+    torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+        f(begin * unit, end * unit < n ? end * unit : n);
+    });
+}
+
+/* Memory for one call's temporaries, kept by the calling thread: a fresh large block each time
+ * would cost a page fault per 4 KB. Parts are 64-byte aligned. */
+class Scratch {
+  public:
+    explicit Scratch(size_t bytes)
+    {
+        if (buffer_.size < bytes + 64) {
+            buffer_.data.reset(new char[bytes + 64]);
+            buffer_.size = bytes + 64;
+        }
+        next_ = reinterpret_cast<char *>(
+            (reinterpret_cast<uintptr_t>(buffer_.data.get()) + 63) & ~uintptr_t{63});
+    }
+    ~Scratch()
+    {
+        if (buffer_.size > kKeep) {
+            buffer_.data.reset();
+            buffer_.size = 0;
+        }
+    }
+    template <class T>
+    T *take(int64_t count)
+    {
+        T *p = reinterpret_cast<T *>(next_);
+        next_ += bytes<T>(count);
+        return p;
+    }
+    template <class T>
+    static size_t bytes(int64_t count)
+    {
+        return (static_cast<size_t>(count) * sizeof(T) + 63) & ~size_t{63};
+    }
+
+  private:
+    static constexpr size_t kKeep = 32u << 20;
+    struct Buffer {
+        std::unique_ptr<char[]> data;
+        size_t size = 0;
+    };
+    static thread_local Buffer buffer_;
+    char *next_;
+};
+thread_local Scratch::Buffer Scratch::buffer_;
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+/* Tensor ------------------------------------------------------------------------------------- */
+
+std::tuple<Tensor, Tensor> int8_quantize(const Tensor &weight)
+{
+    STD_TORCH_CHECK(weight.dim() >= 1, "int8_quantize: weight must be [..., K], got a scalar");
+    gp_dtype type = float_type(weight.scalar_type(), "int8_quantize", "weight");
+    Tensor w = dense(weight);
+    std::vector<int64_t> rows = leading(w), all = rows;
+    const int64_t K = w.size(-1), n = product(rows);
+    all.push_back(K);
+    Tensor q = new_tensor(all, ScalarType::Char), scale = new_tensor(rows, ScalarType::Float);
+    const char *in = static_cast<const char *>(w.data_ptr());
+    int8_t *out = static_cast<int8_t *>(q.data_ptr());
+    float *scales = static_cast<float *>(scale.data_ptr());
+    const int64_t size = type == GP_F32 ? 4 : 2;
+    parallel(n, 1, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            int32_t sum[2];
+            scales[i] = gp.int8_quantize_row(in + i * K * size, type, K, 1, out + i * K, K, sum);
+        }
+    });
+    return {q, scale};
+}
+
+Tensor int8_dequantize(const Tensor &weight, const Tensor &scale, ScalarType dtype)
+{
+    check_weight("int8_dequantize", weight, scale);
+    gp_dtype type = float_type(dtype, "int8_dequantize", "dtype");
+    Tensor w = dense(weight), s = dense(scale);
+    std::vector<int64_t> sizes = leading(w);
+    const int64_t K = w.size(-1), n = product(sizes);
+    sizes.push_back(K);
+    Tensor y = new_tensor(sizes, dtype);
+    const int8_t *q = static_cast<const int8_t *>(w.data_ptr());
+    const float *scales = static_cast<const float *>(s.data_ptr());
+    char *out = static_cast<char *>(y.data_ptr());
+    const int64_t size = type == GP_F32 ? 4 : 2;
+    parallel(n, 1, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+            gp.int8_dequantize_row(q + i * K, scales[i], K, out + i * K * size, type);
+    });
+    return y;
+}
+
+Tensor int8_embedding(const Tensor &indices, const Tensor &weight, const Tensor &scale,
+                      ScalarType dtype)
+{
+    check_weight("int8_embedding", weight, scale);
+    STD_TORCH_CHECK(weight.dim() == 2, "int8_embedding: weight must be int8 [N, K], got shape ",
+                    shape_of(weight));
+    STD_TORCH_CHECK(indices.is_cpu() && (indices.scalar_type() == ScalarType::Long ||
+                                         indices.scalar_type() == ScalarType::Int),
+                    "int8_embedding: indices must be int64 or int32, on the weight's device");
+    gp_dtype type = float_type(dtype, "int8_embedding", "dtype");
+    Tensor ids = dense(indices), w = dense(weight), s = dense(scale);
+    const int64_t N = w.size(0), K = w.size(1), n = ids.numel();
+    const bool wide = ids.scalar_type() == ScalarType::Long;
+    const void *id = ids.data_ptr();
+    auto index = [&](int64_t i) -> int64_t {
+        return wide ? static_cast<const int64_t *>(id)[i] : static_cast<const int32_t *>(id)[i];
+    };
+    for (int64_t i = 0; i < n; i++)
+        STD_TORCH_CHECK(index(i) >= 0 && index(i) < N, "int8_embedding: index ", index(i),
+                        " is out of range for ", N, " rows");
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < ids.dim(); i++) sizes.push_back(ids.size(i));
+    sizes.push_back(K);
+    Tensor y = new_tensor(sizes, dtype);
+    const int8_t *q = static_cast<const int8_t *>(w.data_ptr());
+    const float *scales = static_cast<const float *>(s.data_ptr());
+    char *out = static_cast<char *>(y.data_ptr());
+    const int64_t size = type == GP_F32 ? 4 : 2;
+    parallel(n, 1, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+            gp.int8_dequantize_row(q + index(i) * K, scales[index(i)], K, out + i * K * size,
+                                   type);
+    });
+    return y;
+}
+
+/* x as float32 rows of K_pad, zero beyond K; x itself where it has that form. */
+const float *float_rows(const Tensor &x, gp_dtype type, int64_t M, int64_t K, int64_t K_pad,
+                        Scratch &scratch)
+{
+    if (type == GP_F32 && K == K_pad) return static_cast<const float *>(x.data_ptr());
+    float *rows = scratch.take<float>(M * K_pad);
+    const char *in = static_cast<const char *>(x.data_ptr());
+    const int64_t size = type == GP_F32 ? 4 : 2;
+    parallel(M, 1, static_cast<double>(K * 4), [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; m++) {
+            gp.to_float_row(in + m * K * size, type, K, rows + m * K_pad);
+            std::memset(rows + m * K_pad + K, 0, static_cast<size_t>(K_pad - K) * 4);
+        }
+    });
+    return rows;
+}
+
+/* Bytes a thread moves or multiplies per weight row: what decides whether a second one pays. */
+double row_cost(int64_t K, int64_t rows) { return static_cast<double>(K) * (1 + rows / 4); }
+
+void float_linear(const Tensor &x, gp_dtype type, gp_float_linear a)
+{
+    Scratch scratch(Scratch::bytes<float>(a.M * a.K_pad));
+    a.x = float_rows(x, type, a.M, a.K, a.K_pad, scratch);
+    parallel(a.N, 4, row_cost(a.K, 4 * a.M),
+             [&](int64_t begin, int64_t end) { gp.float_linear(&a, begin, end); });
+}
+
+void integer_linear(const Tensor &x, gp_dtype type, gp_int8_linear a)
+{
+    const int64_t rows = a.M * a.planes, blocks = (a.M + 15) / 16;
+    const bool pack = gp.pack_min_rows && rows >= gp.pack_min_rows && a.N >= 16;
+    const int64_t packed_bytes = pack ? blocks * 16 * a.planes * a.K_pad : 0;
+    Scratch scratch(Scratch::bytes<int8_t>(rows * a.K_pad) + Scratch::bytes<float>(a.M) +
+                    Scratch::bytes<int32_t>(rows) + Scratch::bytes<int8_t>(packed_bytes));
+    int8_t *q = scratch.take<int8_t>(rows * a.K_pad);
+    float *scale = scratch.take<float>(a.M);
+    int32_t *sum = scratch.take<int32_t>(rows);
+    int8_t *packed = scratch.take<int8_t>(packed_bytes);
+    a.x = q, a.x_scale = scale, a.x_sum = sum, a.x_packed = pack ? packed : nullptr;
+    const char *in = static_cast<const char *>(x.data_ptr());
+    const int64_t size = type == GP_F32 ? 4 : 2;
+    /* The calling thread alone quantizes a few tokens: cheaper than a second parallel region. */
+    parallel(a.M, 16, static_cast<double>(a.K * size), [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; m++) {
+            int8_t *row = q + m * a.planes * a.K_pad;
+            scale[m] = gp.int8_quantize_row(in + m * a.K * size, type, a.K, a.planes, row, a.K_pad,
+                                            sum + m * a.planes);
+            if (a.K < a.K_pad)
+                for (int p = 0; p < a.planes; p++)
+                    std::memset(row + p * a.K_pad + a.K, 0, static_cast<size_t>(a.K_pad - a.K));
+        }
+        if (pack)
+            for (int64_t b = begin / 16; b < (end + 15) / 16; b++)
+                gp.int8_pack(&a, b, packed + b * 16 * a.planes * a.K_pad);
+    });
+    parallel(a.N, 32, row_cost(a.K, rows),
+             [&](int64_t begin, int64_t end) { gp.int8_linear(&a, begin, end); });
+}
+
+Tensor int8_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale,
+                   const std::optional<Tensor> &bias, int64_t activation_bits)
+{
+    check_weight("int8_linear", weight, scale);
+    STD_TORCH_CHECK(weight.dim() == 2 && x_in.dim() >= 1 && x_in.size(-1) == weight.size(1),
+                    "int8_linear: x ", shape_of(x_in), " does not end in K of weight [N, K] ",
+                    shape_of(weight));
+    STD_TORCH_CHECK(x_in.is_cpu(), "int8_linear: all tensors must be on one device");
+    STD_TORCH_CHECK(activation_bits == 8 || activation_bits == 16 || activation_bits == 32,
+                    "int8_linear: activation_bits must be 8, 16 or 32, got ", activation_bits);
+    gp_dtype type = float_type(x_in.scalar_type(), "int8_linear", "x");
+    const int64_t N = weight.size(0), K = weight.size(1);
+    Tensor x = dense(x_in), w = dense(weight), s = dense(scale);
+    std::vector<int64_t> sizes = leading(x);
+    const int64_t M = product(sizes);
+    sizes.push_back(N);
+    Tensor y = new_tensor(sizes, x.scalar_type());
+
+    std::optional<Tensor> b;
+    std::unique_ptr<float[]> converted;
+    const float *bias_data = nullptr;
+    if (bias) {
+        STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N,
+                        "int8_linear: bias must be [N] with N = ", N, ", got ", shape_of(*bias));
+        gp_dtype bias_type = float_type(bias->scalar_type(), "int8_linear", "bias");
+        b = dense(*bias);
+        if (bias_type == GP_F32) {
+            bias_data = static_cast<const float *>(b->data_ptr());
+        } else {
+            converted.reset(new float[static_cast<size_t>(N)]);
+            gp.to_float_row(b->data_ptr(), bias_type, N, converted.get());
+            bias_data = converted.get();
+        }
+    }
+    if (M == 0 || N == 0) return y;
+
+    const int64_t K_pad = round_up(K, GP_K_ALIGN);
+    const int8_t *q = static_cast<const int8_t *>(w.data_ptr());
+    const float *w_scale = static_cast<const float *>(s.data_ptr());
+    if (activation_bits == 32)
+        float_linear(x, type,
+                     {M, N, K, K_pad, nullptr, q, w_scale, bias_data, y.data_ptr(), type});
+    else
+        integer_linear(x, type,
+                       {M, N, K, K_pad, activation_bits == 8 ? 1 : 2, nullptr, nullptr, nullptr,
+                        nullptr, q, w_scale, bias_data, y.data_ptr(), type});
+    return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_stats(const Tensor &x_in)
+{
+    STD_TORCH_CHECK(x_in.dim() >= 1, "channel_stats: x must be [..., K], got a scalar");
+    STD_TORCH_CHECK(x_in.is_cpu(), "channel_stats: x must be on the CPU");
+    gp_dtype type = float_type(x_in.scalar_type(), "channel_stats", "x");
+    Tensor x = dense(x_in);
+    const int64_t K = x.size(-1), M = product(leading(x));
+    Tensor out[4];
+    for (Tensor &t : out) t = new_tensor({K}, ScalarType::Float);
+    float *absmax = static_cast<float *>(out[0].data_ptr());
+    float *min = static_cast<float *>(out[1].data_ptr());
+    float *max = static_cast<float *>(out[2].data_ptr());
+    float *mean_square = static_cast<float *>(out[3].data_ptr());
+    if (M == 0) {
+        for (float *p : {absmax, min, max, mean_square}) std::fill(p, p + K, 0.0f);
+        return {out[0], out[1], out[2], out[3]};
+    }
+    Scratch scratch(Scratch::bytes<float>(M * K) + Scratch::bytes<double>(K));
+    const float *rows = float_rows(x, type, M, K, K, scratch);
+    double *sum_square = scratch.take<double>(K);
+    parallel(K, 16, static_cast<double>(4 * M), [&](int64_t begin, int64_t end) {
+        gp.channel_stats(rows, M, K, begin, end, absmax, min, max, sum_square);
+        for (int64_t k = begin; k < end; k++)
+            mean_square[k] = static_cast<float>(sum_square[k] / static_cast<double>(M));
+    });
+    return {out[0], out[1], out[2], out[3]};
+}
+
+void gram_(const Tensor &acc, const Tensor &x_in)
+{
+    STD_TORCH_CHECK(x_in.dim() >= 1, "gram_: x must be [..., K], got a scalar");
+    gp_dtype type = float_type(x_in.scalar_type(), "gram_", "x");
+    Tensor x = dense(x_in);
+    const int64_t K = x.size(-1), M = product(leading(x));
+    STD_TORCH_CHECK(acc.scalar_type() == ScalarType::Float && acc.dim() == 2 &&
+                        acc.size(0) == K && acc.size(1) == K && acc.is_contiguous() &&
+                        acc.is_cpu() && x.is_cpu(),
+                    "gram_: acc must be a contiguous float32 [K, K] with K = ", K, ", got ",
+                    shape_of(acc));
+    if (M == 0 || K == 0) return;
+    Scratch scratch(Scratch::bytes<float>(M * K));
+    const float *rows = float_rows(x, type, M, K, K, scratch);
+    float *out = static_cast<float *>(acc.data_ptr());
+    /* Row i has K - i columns to compute. Each item takes a strip from the top and its mirror from
+     * the bottom, which together are as much work as any other pair. */
+    constexpr int64_t kStrip = 48; /* a multiple of every implementation's rows per tile */
+    const int64_t strips = (K + kStrip - 1) / kStrip;
+    auto strip = [&](int64_t i) {
+        int64_t end = (i + 1) * kStrip;
+        gp.gram(rows, M, K, i * kStrip, end < K ? end : K, out);
+    };
+    parallel((strips + 1) / 2, 1, static_cast<double>(kStrip * K * M / 8),
+             [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; i++) {
+                     strip(i);
+                     if (strips - 1 - i != i) strip(strips - 1 - i);
+                 }
+             });
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY(gpu_poor, m)
+{
+    m.def("int8_quantize(Tensor weight) -> (Tensor, Tensor)");
+    m.def("int8_dequantize(Tensor weight, Tensor scale, ScalarType dtype) -> Tensor");
+    m.def("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, "
+          "int activation_bits) -> Tensor");
+    m.def("int8_embedding(Tensor indices, Tensor weight, Tensor scale, ScalarType dtype)"
+          " -> Tensor");
+    m.def("channel_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("gram_(Tensor(a!) acc, Tensor x) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpu_poor, CPU, m)
+{
+    m.impl("int8_quantize", TORCH_BOX(&int8_quantize));
+    m.impl("int8_dequantize", TORCH_BOX(&int8_dequantize));
+    m.impl("int8_linear", TORCH_BOX(&int8_linear));
+    m.impl("int8_embedding", TORCH_BOX(&int8_embedding));
+    m.impl("channel_stats", TORCH_BOX(&channel_stats));
+    m.impl("gram_", TORCH_BOX(&gram_));
+}

@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The contract of every kernel: shapes, layouts, ranges. The reference C in csrc is the
+ * specification; csrc/x86/ holds faster versions that agree with it bit for bit (integer modes)
+ * or within a derived bound (float modes). Kernels never allocate, never start threads, never
+ * fail: the caller (binding.cpp) has checked everything and splits the work.
+ *
+ * Letters: M rows (tokens), N out features, K in features.
+ */
+#ifndef GPU_POOR_H
+#define GPU_POOR_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { GP_F32, GP_BF16, GP_F16 } gp_dtype;
+
+/* Activations are stored in rows padded with zeros to this many elements, so that no kernel needs
+ * a masked load of them: 64 bytes is one AVX-512 vector, one AMX tile row. */
+#define GP_K_ALIGN 64
+/* Longest K whose int32 accumulator cannot overflow: 255 * 127 * K < 2^31 (the unsigned operand of
+ * AVX512-VNNI reaches 255). Longer rows use the reference, which accumulates in int64. */
+#define GP_K_MAX 66311
+/* Rows whose largest magnitude is at most this are all zero: 32384 / 1e-30 still is finite. */
+#define GP_TINY 1e-30f
+/* Largest |q| of an activation: a8 (1 plane) and a16 (2 planes, q = 254 h + l, |h|, |l| <= 127).
+ * Not 254 * 127 + 127 = 32385, whose high plane would round to 128. */
+#define GP_Q_MAX(planes) ((planes) == 1 ? 127.0f : 32384.0f)
+
+/* One int8 linear: y[m][n] = (t * x_scale[m]) * w_scale[n] + bias[n], where t is the float of the
+ * exact integer dot product (a8), or 254 * (float)high + (float)low (a16): each operation rounded
+ * once, in that order, no fused multiply-add. */
+typedef struct {
+    int64_t M, N, K;
+    int64_t K_pad;          /* K rounded up to GP_K_ALIGN */
+    int planes;             /* 1: a8, 2: a16 */
+    const int8_t *x;        /* [M][planes][K_pad], |x| <= 127, zero beyond K */
+    const int8_t *x_packed; /* the same in the order of int8_pack, or NULL */
+    const int32_t *x_sum;   /* [M][planes], sum over k */
+    const float *x_scale;   /* [M] */
+    const int8_t *w;        /* [N][K], any value, any alignment */
+    const float *w_scale;   /* [N] */
+    const float *bias;      /* [N] or NULL */
+    void *y;                /* [M][N] */
+    gp_dtype y_type;
+} gp_int8_linear;
+
+/* Weight-only linear: y[m][n] = (sum_k x[m][k] * w[n][k]) * w_scale[n] + bias[n] in float32. The
+ * order of the sum depends on the ISA, never on M, on the thread count or on the row's place. */
+typedef struct {
+    int64_t M, N, K;
+    int64_t K_pad;
+    const float *x; /* [M][K_pad], zero beyond K */
+    const int8_t *w;
+    const float *w_scale;
+    const float *bias;
+    void *y;
+    gp_dtype y_type;
+} gp_float_linear;
+
+/* One line per kernel: X(name, return type, parameters). */
+#define GP_KERNELS(X)                                                                             \
+    /* Symmetric absmax quantization of one row x[K] into `planes` planes, plane p at             \
+     * q + p * stride; sum[p] = sum of plane p. inverse = q_max / absmax; q = rint(x * inverse),  \
+     * to even; a16: h = rint(q / 254), l = q - 254 h. Returns the scale absmax / q_max; 0 and    \
+     * zeros when absmax <= GP_TINY; NaN and zeros when x holds a NaN or an infinity. */          \
+    X(int8_quantize_row, float,                                                                   \
+      (const void *x, gp_dtype type, int64_t K, int planes, int8_t *q, int64_t stride,            \
+       int32_t *sum))                                                                             \
+    /* Columns [n0, n1) of the linear. */                                                         \
+    X(int8_linear, void, (const gp_int8_linear *a, int64_t n0, int64_t n1))                       \
+    /* Rows [16 b, 16 b + 16) of x, per plane, as AMX tiles: packed[b][plane][K_pad/64][16 quads  \
+     * of k][16 rows][4 k]; rows at and beyond M are zero. */                                     \
+    X(int8_pack, void, (const gp_int8_linear *a, int64_t b, int8_t *packed))                      \
+    X(float_linear, void, (const gp_float_linear *a, int64_t n0, int64_t n1))                     \
+    /* y[k] = q[k] * scale, rounded to type. */                                                   \
+    X(int8_dequantize_row, void,                                                                  \
+      (const int8_t *q, float scale, int64_t K, void *y, gp_dtype type))                          \
+    /* y[k] = x[k] as float32. */                                                                 \
+    X(to_float_row, void, (const void *x, gp_dtype type, int64_t K, float *y))                    \
+    /* Columns [k0, k1) of x[M][K]: largest magnitude, smallest, largest, sum of squares.         \
+     * NaN propagates. M >= 1. */                                                                 \
+    X(channel_stats, void,                                                                        \
+      (const float *x, int64_t M, int64_t K, int64_t k0, int64_t k1, float *absmax, float *min,   \
+       float *max, double *sum_square))                                                           \
+    /* acc[K][K] += x^T x for rows i in [i0, i1) and columns j >= i, mirrored to acc[j][i]. */    \
+    X(gram, void,                                                                                 \
+      (const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1, float *acc))
+
+typedef struct {
+    const char *name; /* the ISA: ref, avx2, avx512_vnni, amx */
+    unsigned needs;   /* GP_CPU_* bits */
+    /* int8_linear is faster on packed activations from this many rows of all planes on; 0: never */
+    int64_t pack_min_rows;
+#define GP_FIELD(name, type, args) type(*name) args;
+    GP_KERNELS(GP_FIELD)
+#undef GP_FIELD
+} gp_impl;
+
+enum { GP_CPU_AVX2 = 1, GP_CPU_AVX512_VNNI = 2, GP_CPU_AMX = 4 };
+
+/* What this CPU and its kernel offer; AMX also needs the permission of the operating system, asked
+ * for here, once, and possibly refused. */
+unsigned gp_cpu_features(void);
+
+/* The table in use. Filled by gp_set_isa; `name` is that of the fastest implementation merged. */
+extern gp_impl gp;
+/* Number of implementations this CPU can run, and the i-th, slowest first. */
+int gp_available(void);
+const gp_impl *gp_available_impl(int i);
+/* Merge the implementations up to the one named; NULL: all. Returns 0, or -1 for an unknown name
+ * or one this CPU can't run. Not for use while kernels run. */
+int gp_set_isa(const char *name);
+/* For each kernel, in the order of GP_KERNELS: its name and the implementation that serves it. */
+int gp_kernel(int i, const char **kernel, const char **impl);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Reference int8 kernels: plain C, the specification of every faster version.
+ * Per-row symmetric absmax quantization of weights and of activations (per token), as in
+ * Dettmers et al., LLM.int8() (arXiv:2208.07339), eq. 1; the two-plane activations are ours,
+ * derived in docs/kernels.md.
+ */
+#include <math.h>
+
+#include "common.h"
+
+static float int8_quantize_row_ref(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
+                                   int64_t stride, int32_t *sum)
+{
+    /* As integers, magnitudes order like floats, infinity above them and NaN above infinity. */
+    uint32_t bits = 0;
+    for (int64_t k = 0; k < K; k++) {
+        uint32_t b = gp_bits(gp_load(x, type, k)) & 0x7fffffffu;
+        bits = b > bits ? b : bits;
+    }
+    float absmax = gp_from_bits(bits), scale = 0, inverse = 0;
+    int live = bits < 0x7f800000u && absmax > GP_TINY;
+    if (live) {
+        scale = absmax / GP_Q_MAX(planes);
+        inverse = GP_Q_MAX(planes) / absmax;
+    } else if (bits >= 0x7f800000u) {
+        scale = NAN;
+    }
+    for (int p = 0; p < planes; p++) sum[p] = 0;
+    for (int64_t k = 0; k < K; k++) {
+        /* |x * inverse| <= q_max (1 + 2^-23)^2 rounds to at most q_max: no clamp */
+        int32_t v = live ? (int32_t)rintf(gp_load(x, type, k) * inverse) : 0;
+        if (planes == 2) {
+            /* A tie (v = 254 h + 127) may round either way, both leave |low| = 127. */
+            int32_t high = (int32_t)rintf((float)v * (1.0f / 254.0f));
+            q[k] = (int8_t)high;
+            q[k + stride] = (int8_t)(v - 254 * high);
+            sum[1] += q[k + stride];
+        } else {
+            q[k] = (int8_t)v;
+        }
+        sum[0] += q[k];
+    }
+    return scale;
+}
+
+static int64_t dot(const int8_t *a, const int8_t *b, int64_t K)
+{
+    int64_t total = 0;
+    for (int64_t k = 0; k < K; k++) total += a[k] * b[k];
+    return total;
+}
+
+void gp_int8_linear_ref(const gp_int8_linear *a, int64_t n0, int64_t n1);
+void gp_int8_linear_ref(const gp_int8_linear *a, int64_t n0, int64_t n1)
+{
+    for (int64_t m = 0; m < a->M; m++) {
+        for (int64_t n = n0; n < n1; n++) {
+            const int8_t *x = a->x + m * a->planes * a->K_pad, *w = a->w + n * a->K;
+            float t = (float)dot(x, w, a->K);
+            if (a->planes == 2) t = 254.0f * t + (float)dot(x + a->K_pad, w, a->K);
+            float y = t * a->x_scale[m] * a->w_scale[n];
+            if (a->bias) y += a->bias[n];
+            gp_store(a->y, a->y_type, m * a->N + n, y);
+        }
+    }
+}
+
+static void int8_pack_ref(const gp_int8_linear *a, int64_t b, int8_t *packed)
+{
+    for (int p = 0; p < a->planes; p++)
+        for (int64_t k = 0; k < a->K_pad; k++)
+            for (int64_t r = 0; r < 16; r++) {
+                int64_t m = 16 * b + r;
+                packed[p * 16 * a->K_pad + k / 4 * 64 + r * 4 + k % 4] =
+                    m < a->M ? a->x[(m * a->planes + p) * a->K_pad + k] : 0;
+            }
+}
+
+/* Sums in double: what the float kernels are measured against. */
+static void float_linear_ref(const gp_float_linear *a, int64_t n0, int64_t n1)
+{
+    for (int64_t m = 0; m < a->M; m++) {
+        for (int64_t n = n0; n < n1; n++) {
+            double t = 0;
+            for (int64_t k = 0; k < a->K; k++)
+                t += (double)a->x[m * a->K_pad + k] * a->w[n * a->K + k];
+            float y = (float)t * a->w_scale[n];
+            if (a->bias) y += a->bias[n];
+            gp_store(a->y, a->y_type, m * a->N + n, y);
+        }
+    }
+}
+
+static void int8_dequantize_row_ref(const int8_t *q, float scale, int64_t K, void *y,
+                                    gp_dtype type)
+{
+    for (int64_t k = 0; k < K; k++) gp_store(y, type, k, (float)q[k] * scale);
+}
+
+static void to_float_row_ref(const void *x, gp_dtype type, int64_t K, float *y)
+{
+    for (int64_t k = 0; k < K; k++) y[k] = gp_load(x, type, k);
+}
+
+void gp_channel_stats_ref(const float *, int64_t, int64_t, int64_t, int64_t, float *, float *,
+                          float *, double *);
+void gp_gram_ref(const float *, int64_t, int64_t, int64_t, int64_t, float *);
+
+const gp_impl gp_impl_ref = {
+    .name = "ref",
+    .int8_quantize_row = int8_quantize_row_ref,
+    .int8_linear = gp_int8_linear_ref,
+    .int8_pack = int8_pack_ref,
+    .float_linear = float_linear_ref,
+    .int8_dequantize_row = int8_dequantize_row_ref,
+    .to_float_row = to_float_row_ref,
+    .channel_stats = gp_channel_stats_ref,
+    .gram = gp_gram_ref,
+};

@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: MIT
+ * The Python module _gpu_poor_C: which kernels run. Its import also loads binding.cpp's static
+ * initializers, which register the torch operators. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "gpu_poor.h"
+
+static PyObject *isa(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    return PyUnicode_FromString(gp.name);
+}
+
+static PyObject *set_isa(PyObject *self, PyObject *name)
+{
+    (void)self;
+    PyObject *bytes = PyUnicode_AsUTF8String(name);
+    if (!bytes) return NULL;
+    int status = gp_set_isa(PyBytes_AsString(bytes));
+    Py_DECREF(bytes);
+    if (status < 0) return PyErr_Format(PyExc_ValueError, "no kernels for %R on this CPU", name);
+    Py_RETURN_NONE;
+}
+
+static PyObject *available(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    PyObject *names = PyTuple_New(gp_available());
+    for (int i = 0; names && i < gp_available(); i++)
+        PyTuple_SetItem(names, i, PyUnicode_FromString(gp_available_impl(i)->name));
+    return names;
+}
+
+static PyObject *kernels(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    PyObject *table = PyDict_New();
+    const char *kernel, *impl;
+    for (int i = 0; table && gp_kernel(i, &kernel, &impl) == 0; i++) {
+        PyObject *value = PyUnicode_FromString(impl);
+        if (!value || PyDict_SetItemString(table, kernel, value) < 0) Py_CLEAR(table);
+        Py_XDECREF(value);
+    }
+    return table;
+}
+
+static PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "Name of the fastest implementation in use."},
+    {"set_isa", set_isa, METH_O, "Use nothing faster than the named implementation."},
+    {"available", available, METH_NOARGS, "Implementations this CPU can run, slowest first."},
+    {"kernels", kernels, METH_NOARGS, "For each kernel the implementation that serves it."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_gpu_poor_C", "The C kernels of gpu_poor.", -1, methods,
+    NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__gpu_poor_C(void)
+{
+    gp_set_isa(NULL);
+    return PyModule_Create(&definition);
+}

@@ -1,0 +1,253 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * int8 kernels for AVX2. vpmaddubsw saturates pairs of products at 16 bits, which 255 * 127 * 2
+ * exceeds (an offset of 128 gave 1278 wrong results of 1280 in a trial). So both operands keep
+ * their magnitude: |w| is the unsigned one and x, given w's sign, the signed one. |w| <= 128,
+ * |x| <= 127: a pair reaches 32512 < 32767, exact for every weight, -128 included.
+ */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+
+#include "../common.h"
+#include "linear_tile.h"
+
+#define TARGET GP_TARGET("avx2,fma,f16c")
+#define INLINE GP_INLINE TARGET
+
+INLINE __m256 load8(const void *x, gp_dtype type, int64_t i)
+{
+    if (type == GP_F32) return _mm256_loadu_ps((const float *)x + i);
+    __m128i h = _mm_loadu_si128((const __m128i *)((const uint16_t *)x + i));
+    if (type == GP_F16) return _mm256_cvtph_ps(h);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+
+/* The last K % 8 elements, zero beyond: AVX2 has no masked loads of 16 bits. */
+INLINE __m256 load_tail(const void *x, gp_dtype type, int64_t i, int64_t count)
+{
+    float f[8] = {0};
+    for (int64_t j = 0; j < count; j++) f[j] = gp_load(x, type, i + j);
+    return _mm256_loadu_ps(f);
+}
+
+INLINE __m128i float_to_bf16(__m256 v)
+{
+    __m256i u = _mm256_castps_si256(v), top = _mm256_srli_epi32(u, 16);
+    __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
+    __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    __m256i quiet = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
+    r = _mm256_blendv_epi8(_mm256_srli_epi32(r, 16), quiet, nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+
+INLINE void store8(void *y, gp_dtype type, int64_t i, __m256 v)
+{
+    if (type == GP_F32) {
+        _mm256_storeu_ps((float *)y + i, v);
+        return;
+    }
+    __m128i h = type == GP_BF16 ? float_to_bf16(v)
+                                : _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128((__m128i *)((uint16_t *)y + i), h);
+}
+
+/* Eight int32 in [-128, 127] to eight bytes at q. */
+INLINE void store_bytes(int8_t *q, __m256i v, int64_t count)
+{
+    __m128i s = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(s, s));
+    memcpy(q, &bytes, (size_t)gp_min(count, 8));
+}
+
+INLINE int32_t add_lanes(__m256i v)
+{
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
+                          int64_t stride, int32_t *sum)
+{
+    const int64_t K8 = K / 8 * 8;
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i top = _mm256_setzero_si256();
+    for (int64_t k = 0; k < K; k += 8) {
+        __m256 v = k < K8 ? load8(x, type, k) : load_tail(x, type, k, K - k);
+        top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(v), magnitude));
+    }
+    uint32_t lanes[8], bits = 0;
+    _mm256_storeu_si256((__m256i *)lanes, top);
+    for (int i = 0; i < 8; i++) bits = lanes[i] > bits ? lanes[i] : bits;
+    float absmax = gp_from_bits(bits), scale = 0, inverse = 0;
+    int live = bits < 0x7f800000u && absmax > GP_TINY;
+    if (live) {
+        scale = absmax / GP_Q_MAX(planes);
+        inverse = GP_Q_MAX(planes) / absmax;
+    } else if (bits >= 0x7f800000u) {
+        scale = NAN;
+    }
+    const __m256i keep = _mm256_set1_epi32(live ? -1 : 0);
+    __m256i sum0 = _mm256_setzero_si256(), sum1 = sum0;
+    for (int64_t k = 0; k < K; k += 8) {
+        __m256 v = k < K8 ? load8(x, type, k) : load_tail(x, type, k, K - k);
+        __m256i r = _mm256_cvtps_epi32(_mm256_mul_ps(v, _mm256_set1_ps(inverse)));
+        r = _mm256_and_si256(r, keep);
+        if (planes == 2) {
+            __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(r), _mm256_set1_ps(1.0f / 254.0f));
+            __m256i high = _mm256_cvtps_epi32(part);
+            __m256i low = _mm256_sub_epi32(r, _mm256_mullo_epi32(high, _mm256_set1_epi32(254)));
+            store_bytes(q + stride + k, low, K - k);
+            sum1 = _mm256_add_epi32(sum1, low);
+            r = high;
+        }
+        store_bytes(q + k, r, K - k);
+        sum0 = _mm256_add_epi32(sum0, r);
+    }
+    sum[0] = add_lanes(sum0);
+    if (planes == 2) sum[1] = add_lanes(sum1);
+    return scale;
+}
+
+TARGET static float int8_quantize_row_avx2(const void *x, gp_dtype type, int64_t K, int planes,
+                                           int8_t *q, int64_t stride, int32_t *sum)
+{
+#define CASE(T, P)                                                                                \
+    if (type == T && planes == P) return quantize_row(x, T, K, P, q, stride, sum);
+    CASE(GP_F32, 1) CASE(GP_F32, 2) CASE(GP_BF16, 1) CASE(GP_BF16, 2) CASE(GP_F16, 1)
+#undef CASE
+    return quantize_row(x, GP_F16, K, 2, q, stride, sum);
+}
+
+/* Sums of four vectors, as the four lanes of one. */
+INLINE __m128i sum4(const __m256i v[4])
+{
+    __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+    return _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+}
+
+INLINE void dot_step(__m256i wk, const int8_t *x, int64_t x_stride, int V, int r,
+                     __m256i acc[2][4])
+{
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i magnitude = _mm256_abs_epi8(wk);
+    for (int v = 0; v < V; v++) {
+        __m256i xk = _mm256_loadu_si256((const __m256i *)(x + v * x_stride));
+        __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(xk, wk));
+        acc[v][r] = _mm256_add_epi32(acc[v][r], _mm256_madd_epi16(pairs, ones));
+    }
+}
+
+INLINE void dot_tile(const int8_t *const w[4], const int8_t *x, int64_t x_stride, int64_t K,
+                     int V, __m128i out[])
+{
+    __m256i acc[2][4];
+    for (int v = 0; v < V; v++)
+        for (int r = 0; r < 4; r++) acc[v][r] = _mm256_setzero_si256();
+    int64_t k = 0;
+    for (; k + 32 <= K; k += 32) {
+        for (int r = 0; r < 4; r++) {
+            __m256i wk = _mm256_loadu_si256((const __m256i *)(w[r] + k));
+            if (k % 64 == 0) _mm_prefetch((const char *)w[r] + k + GP_PREFETCH, _MM_HINT_T0);
+            dot_step(wk, x + k, x_stride, V, r, acc);
+        }
+    }
+    if (k < K) {
+        for (int r = 0; r < 4; r++) {
+            int8_t tail[32] = {0};
+            memcpy(tail, w[r] + k, (size_t)(K - k));
+            dot_step(_mm256_loadu_si256((const __m256i *)tail), x + k, x_stride, V, r, acc);
+        }
+    }
+    for (int v = 0; v < V; v++) out[v] = sum4(acc[v]);
+}
+
+INLINE __m128i exact(__m128i sum, int32_t x_sum)
+{
+    (void)x_sum; /* signed operands need no correction */
+    return sum;
+}
+
+TILE_LINEAR(int8_linear_avx2, TARGET, 2)
+
+TARGET static void int8_linear_entry(const gp_int8_linear *a, int64_t n0, int64_t n1)
+{
+    if (a->K > GP_K_MAX)
+        gp_int8_linear_ref(a, n0, n1);
+    else
+        int8_linear_avx2(a, n0, n1);
+}
+
+INLINE void float_tile(const int8_t *const w[4], const float *x, int64_t x_stride, int64_t K,
+                       int V, __m128 out[])
+{
+    __m256 acc[2][4];
+    for (int v = 0; v < V; v++)
+        for (int r = 0; r < 4; r++) acc[v][r] = _mm256_setzero_ps();
+    for (int64_t k = 0; k < K; k += 8) {
+        for (int r = 0; r < 4; r++) {
+            int64_t bytes = 0;
+            memcpy(&bytes, w[r] + k, (size_t)gp_min(K - k, 8));
+            __m256 wk = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes)));
+            if (k % 64 == 0) _mm_prefetch((const char *)w[r] + k + GP_PREFETCH, _MM_HINT_T0);
+            for (int v = 0; v < V; v++) {
+                __m256 xk = _mm256_loadu_ps(x + v * x_stride + k);
+                acc[v][r] = _mm256_fmadd_ps(wk, xk, acc[v][r]);
+            }
+        }
+    }
+    for (int v = 0; v < V; v++) {
+        __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(acc[v][0], acc[v][1]),
+                                  _mm256_hadd_ps(acc[v][2], acc[v][3]));
+        out[v] = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    }
+}
+
+TILE_FLOAT_LINEAR(float_linear_avx2, TARGET, 2)
+
+INLINE void dequantize_row(const int8_t *q, float scale, int64_t K, void *y, gp_dtype type)
+{
+    int64_t k = 0;
+    for (; k + 8 <= K; k += 8) {
+        __m256i v = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(q + k)));
+        store8(y, type, k, _mm256_mul_ps(_mm256_cvtepi32_ps(v), _mm256_set1_ps(scale)));
+    }
+    for (; k < K; k++) gp_store(y, type, k, (float)q[k] * scale);
+}
+
+TARGET static void int8_dequantize_row_avx2(const int8_t *q, float scale, int64_t K, void *y,
+                                            gp_dtype type)
+{
+    if (type == GP_F32)
+        dequantize_row(q, scale, K, y, GP_F32);
+    else if (type == GP_BF16)
+        dequantize_row(q, scale, K, y, GP_BF16);
+    else
+        dequantize_row(q, scale, K, y, GP_F16);
+}
+
+TARGET static void to_float_row_avx2(const void *x, gp_dtype type, int64_t K, float *y)
+{
+    int64_t k = 0;
+    for (; k + 8 <= K; k += 8) _mm256_storeu_ps(y + k, load8(x, type, k));
+    for (; k < K; k++) y[k] = gp_load(x, type, k);
+}
+
+void gp_channel_stats_avx2(const float *, int64_t, int64_t, int64_t, int64_t, float *, float *,
+                           float *, double *);
+void gp_gram_avx2(const float *, int64_t, int64_t, int64_t, int64_t, float *);
+
+const gp_impl gp_impl_avx2 = {
+    .name = "avx2",
+    .needs = GP_CPU_AVX2,
+    .int8_quantize_row = int8_quantize_row_avx2,
+    .int8_linear = int8_linear_entry,
+    .float_linear = float_linear_avx2,
+    .int8_dequantize_row = int8_dequantize_row_avx2,
+    .to_float_row = to_float_row_avx2,
+    .channel_stats = gp_channel_stats_avx2,
+    .gram = gp_gram_avx2,
+};
+#endif

@@ -1,0 +1,247 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * int8 kernels for AVX-512 with VNNI.
+ *
+ * vpdpbusd multiplies unsigned by signed bytes. The weight, xor 0x80, is the unsigned operand
+ * (w + 128) and the activation the signed one, so
+ *     sum (w + 128) x = sum w x + 128 sum x,
+ * and the correction belongs to the token: computed once by the quantizer. Making the activation
+ * unsigned instead would need 128 * sum w, either stored beside the weights or added up by a
+ * second dot product.
+ */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+
+#include "../common.h"
+#include "linear_tile.h"
+
+#define TARGET GP_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#define INLINE GP_INLINE TARGET
+
+INLINE __m512 load16(const void *x, gp_dtype type, int64_t i, __mmask16 mask)
+{
+    if (type == GP_F32) return _mm512_maskz_loadu_ps(mask, (const float *)x + i);
+    __m256i h = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + i);
+    if (type == GP_F16) return _mm512_cvtph_ps(h);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+/* Round to nearest even, NaN made quiet: gp_float_to_bf16 on 16 lanes. */
+INLINE __m256i float_to_bf16(__m512 v)
+{
+    __m512i u = _mm512_castps_si512(v), top = _mm512_srli_epi32(u, 16);
+    __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    r = _mm512_srli_epi32(r, 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    r = _mm512_mask_or_epi32(r, nan, top, _mm512_set1_epi32(0x40));
+    return _mm512_cvtepi32_epi16(r);
+}
+
+INLINE void store16(void *y, gp_dtype type, int64_t i, __mmask16 mask, __m512 v)
+{
+    if (type == GP_F32) {
+        _mm512_mask_storeu_ps((float *)y + i, mask, v);
+        return;
+    }
+    __m256i h = type == GP_BF16 ? float_to_bf16(v)
+                                : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_mask_storeu_epi16((uint16_t *)y + i, mask, h);
+}
+
+INLINE __mmask16 tail_mask(int64_t left)
+{
+    return left >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
+}
+
+INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
+                          int64_t stride, int32_t *sum)
+{
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i top = _mm512_setzero_si512();
+    for (int64_t k = 0; k < K; k += 16) {
+        __m512 v = load16(x, type, k, tail_mask(K - k));
+        top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(v), magnitude));
+    }
+    uint32_t bits = (uint32_t)_mm512_reduce_max_epi32(top);
+    float absmax = gp_from_bits(bits), scale = 0, inverse = 0;
+    __m512i keep = magnitude; /* zeroes every q of a row that is not live */
+    if (bits < 0x7f800000u && absmax > GP_TINY) {
+        scale = absmax / GP_Q_MAX(planes);
+        inverse = GP_Q_MAX(planes) / absmax;
+    } else {
+        if (bits >= 0x7f800000u) scale = NAN;
+        keep = _mm512_setzero_si512();
+    }
+    __mmask16 live = _mm512_test_epi32_mask(keep, keep);
+    __m512i sum0 = _mm512_setzero_si512(), sum1 = sum0;
+    for (int64_t k = 0; k < K; k += 16) {
+        __mmask16 mask = tail_mask(K - k);
+        __m512 v = _mm512_mul_ps(load16(x, type, k, mask), _mm512_set1_ps(inverse));
+        __m512i r = _mm512_maskz_cvtps_epi32(live, v);
+        if (planes == 2) {
+            __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(r), _mm512_set1_ps(1.0f / 254.0f));
+            __m512i high = _mm512_cvtps_epi32(part);
+            __m512i low = _mm512_sub_epi32(r, _mm512_mullo_epi32(high, _mm512_set1_epi32(254)));
+            _mm_mask_storeu_epi8(q + stride + k, mask, _mm512_cvtepi32_epi8(low));
+            sum1 = _mm512_add_epi32(sum1, low);
+            r = high;
+        }
+        _mm_mask_storeu_epi8(q + k, mask, _mm512_cvtepi32_epi8(r));
+        sum0 = _mm512_add_epi32(sum0, r);
+    }
+    sum[0] = _mm512_reduce_add_epi32(sum0);
+    if (planes == 2) sum[1] = _mm512_reduce_add_epi32(sum1);
+    return scale;
+}
+
+TARGET static float int8_quantize_row_avx512_vnni(const void *x, gp_dtype type, int64_t K,
+                                                  int planes, int8_t *q, int64_t stride,
+                                                  int32_t *sum)
+{
+#define CASE(T, P)                                                                                \
+    if (type == T && planes == P) return quantize_row(x, T, K, P, q, stride, sum);
+    CASE(GP_F32, 1) CASE(GP_F32, 2) CASE(GP_BF16, 1) CASE(GP_BF16, 2) CASE(GP_F16, 1)
+#undef CASE
+    return quantize_row(x, GP_F16, K, 2, q, stride, sum);
+}
+
+/* Sums of four vectors, as the four lanes of one. */
+INLINE __m128i sum4(const __m512i v[4])
+{
+    __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]),
+                                  _mm512_unpackhi_epi32(v[0], v[1]));
+    __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]),
+                                  _mm512_unpackhi_epi32(v[2], v[3]));
+    __m512i s = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    __m256i h = _mm256_add_epi32(_mm512_castsi512_si256(s), _mm512_extracti64x4_epi64(s, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+}
+
+/* Four weight rows times V activation rows (planes count as rows), over all of K.
+ * Four rows are four streams for the prefetcher; one vector of four results each, whose sum4
+ * costs 3 instructions a result where a reduction of one costs 7. */
+INLINE void dot_tile(const int8_t *const w[4], const int8_t *x, int64_t x_stride, int64_t K,
+                     int V, __m128i out[])
+{
+    const __m512i flip = _mm512_set1_epi8((char)0x80);
+    __m512i acc[6][4];
+    for (int v = 0; v < V; v++)
+        for (int r = 0; r < 4; r++) acc[v][r] = _mm512_setzero_si512();
+    int64_t k = 0;
+    for (; k + 64 <= K; k += 64) {
+        __m512i wk[4];
+        for (int r = 0; r < 4; r++) {
+            wk[r] = _mm512_xor_si512(_mm512_loadu_si512(w[r] + k), flip);
+            if (V <= 4) _mm_prefetch((const char *)w[r] + k + GP_PREFETCH, _MM_HINT_T0);
+        }
+        for (int v = 0; v < V; v++) {
+            __m512i xk = _mm512_loadu_si512(x + v * x_stride + k);
+            for (int r = 0; r < 4; r++) acc[v][r] = _mm512_dpbusd_epi32(acc[v][r], wk[r], xk);
+        }
+    }
+    if (k < K) {
+        __mmask64 mask = ~0ull >> (64 - (K - k));
+        for (int r = 0; r < 4; r++) {
+            __m512i wk = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[r] + k), flip);
+            for (int v = 0; v < V; v++) {
+                __m512i xk = _mm512_loadu_si512(x + v * x_stride + k);
+                acc[v][r] = _mm512_dpbusd_epi32(acc[v][r], wk, xk);
+            }
+        }
+    }
+    for (int v = 0; v < V; v++) out[v] = sum4(acc[v]);
+}
+
+/* The integer dot products are the unsigned sum less 128 times the token's. */
+INLINE __m128i exact(__m128i sum, int32_t x_sum)
+{
+    return _mm_sub_epi32(sum, _mm_set1_epi32(128 * x_sum));
+}
+
+TILE_LINEAR(int8_linear_avx512_vnni, TARGET, 6)
+
+TARGET static void int8_linear_entry(const gp_int8_linear *a, int64_t n0, int64_t n1)
+{
+    if (a->K > GP_K_MAX)
+        gp_int8_linear_ref(a, n0, n1);
+    else
+        int8_linear_avx512_vnni(a, n0, n1);
+}
+
+/* Weight-only: four weight rows times V tokens in float32, one chain of fused multiply-adds per
+ * lane whatever V is, so that a token's result does not depend on its neighbours. */
+INLINE void float_tile(const int8_t *const w[4], const float *x, int64_t x_stride, int64_t K,
+                       int V, __m128 out[])
+{
+    __m512 acc[6][4];
+    for (int v = 0; v < V; v++)
+        for (int r = 0; r < 4; r++) acc[v][r] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < K; k += 16) {
+        __mmask16 mask = tail_mask(K - k);
+        __m512 wk[4];
+        for (int r = 0; r < 4; r++) {
+            __m128i b = _mm_maskz_loadu_epi8(mask, w[r] + k);
+            wk[r] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b));
+            if (V <= 2 && k % 64 == 0)
+                _mm_prefetch((const char *)w[r] + k + GP_PREFETCH, _MM_HINT_T0);
+        }
+        for (int v = 0; v < V; v++) {
+            __m512 xk = _mm512_loadu_ps(x + v * x_stride + k);
+            for (int r = 0; r < 4; r++) acc[v][r] = _mm512_fmadd_ps(wk[r], xk, acc[v][r]);
+        }
+    }
+    for (int v = 0; v < V; v++) {
+        float s[4];
+        for (int r = 0; r < 4; r++) s[r] = _mm512_reduce_add_ps(acc[v][r]);
+        out[v] = _mm_loadu_ps(s);
+    }
+}
+
+TILE_FLOAT_LINEAR(float_linear_avx512, TARGET, 6)
+
+INLINE void dequantize_row(const int8_t *q, float scale, int64_t K, void *y, gp_dtype type)
+{
+    for (int64_t k = 0; k < K; k += 16) {
+        __mmask16 mask = tail_mask(K - k);
+        __m512i v = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, q + k));
+        store16(y, type, k, mask, _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(scale)));
+    }
+}
+
+TARGET static void int8_dequantize_row_avx512(const int8_t *q, float scale, int64_t K, void *y,
+                                              gp_dtype type)
+{
+    if (type == GP_F32)
+        dequantize_row(q, scale, K, y, GP_F32);
+    else if (type == GP_BF16)
+        dequantize_row(q, scale, K, y, GP_BF16);
+    else
+        dequantize_row(q, scale, K, y, GP_F16);
+}
+
+TARGET static void to_float_row_avx512(const void *x, gp_dtype type, int64_t K, float *y)
+{
+    for (int64_t k = 0; k < K; k += 16) {
+        __mmask16 mask = tail_mask(K - k);
+        _mm512_mask_storeu_ps(y + k, mask, load16(x, type, k, mask));
+    }
+}
+
+void gp_channel_stats_avx512(const float *, int64_t, int64_t, int64_t, int64_t, float *, float *,
+                             float *, double *);
+void gp_gram_avx512(const float *, int64_t, int64_t, int64_t, int64_t, float *);
+
+const gp_impl gp_impl_avx512_vnni = {
+    .name = "avx512_vnni",
+    .needs = GP_CPU_AVX512_VNNI,
+    .int8_quantize_row = int8_quantize_row_avx512_vnni,
+    .int8_linear = int8_linear_entry,
+    .float_linear = float_linear_avx512,
+    .int8_dequantize_row = int8_dequantize_row_avx512,
+    .to_float_row = to_float_row_avx512,
+    .channel_stats = gp_channel_stats_avx512,
+    .gram = gp_gram_avx512,
+};
+#endif

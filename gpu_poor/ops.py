@@ -1,0 +1,270 @@
+"""The torch operators ``gpu_poor::*``: typed wrappers, fake kernels, autograd, plain torch paths.
+
+Nothing else in the package calls ``torch.ops.gpu_poor``. On a CPU tensor an operator runs the C
+kernels of csrc/; on any other device, or under ``GPU_POOR_ISA=torch``, the plain torch function
+written here, with the same result within float rounding.
+
+Letters: M rows (tokens), N out features, K in features. Weights are ``int8 [N, K]`` with one
+``float32 scale [N]``: ``w[n, k] ~ weight[n, k] * scale[n]``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_poor import isa
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+#: Activation modes: how many bits the activations of a linear carry (docs/kernels.md).
+#: a8: one int8 plane per token; a16: two planes, q = 254 h + l; a32: float activations.
+ACTIVATIONS = {"a8": 8, "a16": 16, "a32": 32}
+#: Largest quantized magnitude of each integer mode. 32384 = 254 * 127 + 126: with 32385 the high
+#: plane of the largest value would round to 128.
+Q_MAX = {8: 127, 16: 32384}
+#: Rows whose largest magnitude is below this are zero: its reciprocal would overflow.
+TINY = 1e-30
+
+
+# -- plain torch implementations: other devices, and the oracle in tests ----------------------
+
+
+def _quantize_rows(x: Tensor, q_max: int) -> tuple[Tensor, Tensor]:
+    """Symmetric absmax of each row: float32 integers in [-q_max, q_max] and float32 scales."""
+    x = x.float()
+    if x.shape[-1] == 0:
+        return x, x.new_zeros(x.shape[:-1])
+    absmax = x.abs().amax(-1)
+    finite = absmax.isfinite()
+    live = finite & (absmax > TINY)
+    inverse = torch.where(live, q_max / absmax, 0.0)
+    q = (x * inverse[..., None]).round().clamp(-q_max, q_max)
+    q = torch.where(live[..., None], q, 0.0)
+    scale = torch.where(live, absmax / q_max, 0.0)
+    return q, torch.where(finite, scale, float("nan"))
+
+
+def _int8_quantize_torch(weight: Tensor) -> tuple[Tensor, Tensor]:
+    q, scale = _quantize_rows(weight, 127)
+    return q.to(torch.int8), scale
+
+
+def _int8_dequantize_torch(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight.float() * scale[..., None]).to(dtype)
+
+
+def _int8_linear_torch(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int
+) -> Tensor:
+    xf = x.float()
+    if activation_bits != 32:
+        q, x_scale = _quantize_rows(xf, Q_MAX[activation_bits])
+        xf = q * x_scale[..., None]
+    if x.dtype == torch.float32:
+        y = F.linear(xf, weight.float()) * scale
+    else:  # half types keep their fast matmul; the scale goes into the weight against overflow
+        y = F.linear(xf.to(x.dtype), _int8_dequantize_torch(weight, scale, x.dtype)).float()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+def _int8_embedding_torch(
+    indices: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    indices = indices.long()
+    return (F.embedding(indices, weight).float() * scale[indices][..., None]).to(dtype)
+
+
+def _channel_stats_torch(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = x.reshape(-1, x.shape[-1]).float()
+    if x.shape[0] == 0:
+        zero = x.new_zeros(x.shape[1])
+        return zero, zero.clone(), zero.clone(), zero.clone()
+    return x.abs().amax(0), x.amin(0), x.amax(0), x.double().square().mean(0).float()
+
+
+def _gram_torch(acc: Tensor, x: Tensor) -> None:
+    x = x.reshape(-1, x.shape[-1]).float()
+    acc.addmm_(x.T, x)
+
+
+for _name, _function in (
+    ("int8_quantize", _int8_quantize_torch),
+    ("int8_dequantize", _int8_dequantize_torch),
+    ("int8_linear", _int8_linear_torch),
+    ("int8_embedding", _int8_embedding_torch),
+    ("channel_stats", _channel_stats_torch),
+    ("gram_", _gram_torch),
+):
+    # The extension owns the CPU key; every other device falls through to this one.
+    torch.library.impl(f"gpu_poor::{_name}", "CompositeExplicitAutograd")(_function)
+
+
+# -- fake kernels: shapes and dtypes only ------------------------------------------------------
+
+
+def _check_weight(op: str, weight: Tensor, scale: Tensor) -> None:
+    torch._check(
+        weight.dtype == torch.int8 and weight.dim() >= 1,
+        lambda: f"{op}: weight must be int8 [..., K], got {weight.dtype} {tuple(weight.shape)}",
+    )
+    torch._check(
+        scale.dtype == torch.float32 and scale.shape == weight.shape[:-1],
+        lambda: f"{op}: scale must be float32 {tuple(weight.shape[:-1])}, one per weight row, "
+        f"got {scale.dtype} {tuple(scale.shape)}",
+    )
+
+
+@torch.library.register_fake("gpu_poor::int8_quantize")
+def _(weight):
+    torch._check(weight.dim() >= 1, lambda: "int8_quantize: weight must be [..., K]")
+    return (
+        weight.new_empty(weight.shape, dtype=torch.int8),
+        weight.new_empty(weight.shape[:-1], dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("gpu_poor::int8_dequantize")
+def _(weight, scale, dtype):
+    _check_weight("int8_dequantize", weight, scale)
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
+@torch.library.register_fake("gpu_poor::int8_linear")
+def _(x, weight, scale, bias, activation_bits):
+    _check_weight("int8_linear", weight, scale)
+    torch._check(
+        weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[1],
+        lambda: f"int8_linear: x {tuple(x.shape)} does not end in K of weight [N, K] "
+        f"{tuple(weight.shape)}",
+    )
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("gpu_poor::int8_embedding")
+def _(indices, weight, scale, dtype):
+    _check_weight("int8_embedding", weight, scale)
+    return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("gpu_poor::channel_stats")
+def _(x):
+    return tuple(x.new_empty(x.shape[-1:], dtype=torch.float32) for _ in range(4))
+
+
+@torch.library.register_fake("gpu_poor::gram_")
+def _(acc, x):
+    return None
+
+
+# -- autograd: the quantized weight is frozen, gradients flow to the activations ---------------
+
+
+def _linear_setup(ctx, inputs, output):
+    x, weight, scale, bias, _ = inputs
+    ctx.save_for_backward(weight, scale)
+    ctx.bias_dtype = bias.dtype if bias is not None and ctx.needs_input_grad[3] else None
+
+
+def _linear_backward(ctx, grad):
+    """dX = dY W with W dequantized on the way; the saved tensors are the int8 ones only."""
+    weight, scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ torch.ops.gpu_poor.int8_dequantize(weight, scale, grad.dtype)
+    if ctx.bias_dtype is not None:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None
+
+
+torch.library.register_autograd(
+    "gpu_poor::int8_linear", _linear_backward, setup_context=_linear_setup
+)
+
+
+# -- the public wrappers -----------------------------------------------------------------------
+
+
+def int8_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row to int8 by its largest magnitude.
+
+    ``scale = absmax / 127``; ``q = round_to_even(w * (127 / absmax))``, in [-127, 127].
+
+    Args:
+        weight: float32, bfloat16 or float16 ``[..., K]``.
+
+    Returns:
+        int8 ``[..., K]`` and float32 scales ``[...]``. A row of zeros has scale 0; a row with a
+        NaN or an infinity has scale NaN, which callers turn into an error naming the tensor.
+    """
+    if isa.uses_torch():
+        return _int8_quantize_torch(weight)
+    return torch.ops.gpu_poor.int8_quantize(weight)
+
+
+def int8_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``weight * scale`` per row, computed in float32 and rounded to ``dtype``."""
+    if isa.uses_torch():
+        return _int8_dequantize_torch(weight, scale, dtype)
+    return torch.ops.gpu_poor.int8_dequantize(weight, scale, dtype)
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation_bits: int = 16,
+) -> Tensor:
+    """``x @ (weight * scale).T + bias`` with integer dot products.
+
+    Args:
+        x: float32, bfloat16 or float16 ``[..., K]``, any strides, possibly empty.
+        weight: int8 ``[N, K]``.
+        scale: float32 ``[N]``.
+        bias: ``[N]`` of a float dtype, or None.
+        activation_bits: 8, 16 or 32: see :data:`ACTIVATIONS`.
+
+    Returns:
+        ``[..., N]`` of x's dtype. A token with a NaN or an infinity gives a row of NaN in the
+        integer modes. Modes 8 and 16 give the same bits for every ISA, thread count and split of
+        the tokens.
+    """
+    if isa.uses_torch():
+        return _int8_linear_torch(x, weight, scale, bias, activation_bits)
+    return torch.ops.gpu_poor.int8_linear(x, weight, scale, bias, activation_bits)
+
+
+def int8_embedding(
+    indices: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Gather and dequantize rows: ``[*indices.shape, K]`` of ``dtype``.
+
+    Args:
+        indices: int64 or int32, each in [0, N); outside is an error.
+        weight: int8 ``[N, K]``.
+        scale: float32 ``[N]``.
+    """
+    if isa.uses_torch():
+        return _int8_embedding_torch(indices, weight, scale, dtype)
+    return torch.ops.gpu_poor.int8_embedding(indices, weight, scale, dtype)
+
+
+def channel_stats(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per-channel ``absmax, min, max, mean square`` of activations ``[..., K]``, float32 ``[K]``.
+
+    Sums are kept in float64. NaN propagates; no rows give zeros.
+    """
+    if isa.uses_torch():
+        return _channel_stats_torch(x)
+    return torch.ops.gpu_poor.channel_stats(x)
+
+
+def gram_(acc: Tensor, x: Tensor) -> Tensor:
+    """``acc += x.T @ x`` in place: float32 ``[K, K]`` from activations ``[..., K]``."""
+    if isa.uses_torch():
+        _gram_torch(acc, x)
+    else:
+        torch.ops.gpu_poor.gram_(acc, x)
+    return acc
