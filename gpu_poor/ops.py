@@ -37,7 +37,8 @@ def _quantize_rows(x: Tensor, q_max: int) -> tuple[Tensor, Tensor]:
     absmax = x.abs().amax(-1)
     finite = absmax.isfinite()
     live = finite & (absmax > TINY)
-    inverse = torch.where(live, q_max / absmax, 0.0)
+    # Not q_max / absmax: torch turns that into a multiplication by the reciprocal.
+    inverse = torch.where(live, torch.full_like(absmax, q_max) / absmax, 0.0)
     q = (x * inverse[..., None]).round().clamp(-q_max, q_max)
     q = torch.where(live[..., None], q, 0.0)
     scale = torch.where(live, absmax / q_max, 0.0)
