@@ -1,0 +1,65 @@
+"""Peers: one file each, one interface, each measured in its own process.
+
+A peer module has
+
+* ``LABELS``: variant -> the name shown in tables ("" is the only or default variant);
+* ``REQUIREMENTS``: pip requirements, installed without dependencies into .peers/<module> (torch and
+  transformers are those of the running environment, the same for all);
+* ``NOTE``: one sentence of what is fair or unfair about the comparison, "" for none;
+* ``setup(shape, threads, variant) -> runner``: see runner.py;
+* optionally ``install(folder)`` for what pip alone cannot do.
+
+``python -m benchmarks.peers list | install NAME... | run`` (see __main__.py).
+"""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Ignored by git; removing it removes every peer.
+FOLDER = ROOT / ".peers"
+
+MODULES = (
+    "torch_fp32", "torch_bf16", "gpu_poor_int8", "torch_dynamic", "torchao", "bitsandbytes",
+    "quanto", "hqq", "llama_cpp",
+)  # fmt: skip
+
+
+def folder(module: str) -> Path:
+    """Where a peer's own packages and builds are."""
+    return FOLDER / module
+
+
+def load(module: str):
+    """Import a peer's file, with its packages on the path after those of the environment."""
+    if module not in MODULES:
+        raise ValueError(f"unknown peer {module!r}: one of {', '.join(MODULES)}")
+    if folder(module).exists():
+        sys.path.append(str(folder(module)))
+    return importlib.import_module(f"benchmarks.peers.{module}_peer")
+
+
+def contenders(modules: tuple[str, ...] = MODULES) -> dict[str, str]:
+    """``module`` or ``module:variant`` -> label, for every variant of the modules."""
+    return {
+        f"{name}:{variant}" if variant else name: label
+        for name in modules
+        for variant, label in load(name).LABELS.items()
+    }
+
+
+def install(module: str) -> None:
+    """Download and build one peer. pip's output goes to the terminal."""
+    peer = load(module)
+    target = folder(module)
+    if peer.REQUIREMENTS:
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps",
+             "--target", str(target), *peer.REQUIREMENTS],
+            check=True,
+        )  # fmt: skip
+    if hasattr(peer, "install"):
+        target.mkdir(parents=True, exist_ok=True)
+        peer.install(target)
