@@ -1,0 +1,231 @@
+"""The metrics against a NumPy float64 oracle, and against models that are wrong in known ways."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gpu_poor import assets, metrics
+
+N, VOCAB = 300, 97
+
+
+@pytest.fixture(scope="module")
+def logits():
+    generator = torch.manual_seed(0)
+    p = 3 * torch.randn(N, VOCAB, generator=generator)
+    q = p + 0.1 * torch.randn(N, VOCAB, generator=generator)
+    targets = torch.randint(VOCAB, (N,), generator=generator)
+    return p, q, targets
+
+
+def oracle(p, q, targets):
+    """Softmax, KL and nll written out in float64 NumPy, row by row."""
+    rows = []
+    for a, b, t in zip(p.double().numpy(), q.double().numpy(), targets.tolist(), strict=True):
+        pa, qb = np.exp(a) / np.exp(a).sum(), np.exp(b) / np.exp(b).sum()
+        kl = sum(x * (math.log(x) - math.log(y)) for x, y in zip(pa, qb, strict=True))
+        rows.append((-math.log(pa[t]), -math.log(qb[t]), kl, float(pa.argmax() == qb.argmax())))
+    return np.array(rows).T
+
+
+def stats_matrix(stats):
+    return torch.stack([stats.nll_reference, stats.nll, stats.kl, stats.same]).numpy()
+
+
+@pytest.mark.parametrize("chunk", [1, 5 * VOCAB, 10**9])
+def test_compare_is_the_oracle(logits, chunk, monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK", chunk)
+    np.testing.assert_allclose(
+        stats_matrix(metrics.compare(*logits)), oracle(*logits), rtol=1e-10, atol=1e-13
+    )
+
+
+def test_summary_is_the_oracle(logits):
+    nll_p, nll_q, kl, same = oracle(*logits)
+    quality = metrics.summarize(metrics.compare(*logits), 10, "x")
+    d = nll_q - nll_p
+    expected = {
+        "perplexity_reference": np.exp(nll_p.mean()),
+        "perplexity": np.exp(nll_q.mean()),
+        "perplexity_ratio": np.exp(nll_q.mean()) / np.exp(nll_p.mean()),
+        "perplexity_ratio_se": np.exp(d.mean()) * d.std(ddof=1) / math.sqrt(N),
+        "kl_mean": kl.mean(),
+        "kl_mean_se": kl.std(ddof=1) / math.sqrt(N),
+        "kl_p99": np.quantile(kl, 0.99),
+        "top1": same.mean(),
+        "top1_se": same.std(ddof=1) / math.sqrt(N),
+    }
+    for name, value in expected.items():
+        assert getattr(quality, name) == pytest.approx(value, rel=1e-9), name
+    assert quality.n_tokens == N
+
+
+def test_identical_logits_are_perfect(logits):
+    p, _, targets = logits
+    quality = metrics.summarize(metrics.compare(p, p.clone(), targets), 10, "x")
+    assert quality.kl_mean == quality.kl_p99 == quality.perplexity_ratio_se == 0
+    assert quality.top1 == quality.perplexity_ratio == 1
+
+
+WRONG = {
+    "zeros": torch.zeros_like,
+    "twice the scale": lambda x: 2 * x,
+    "sign flipped": torch.neg,
+    "shifted by a token": lambda x: x.roll(1, 0),
+    "vocabulary permuted": lambda x: x.roll(1, 1),
+    "one column wrong": lambda x: x.index_fill(1, torch.tensor([7]), 20.0),
+    "one token in fifty wrong": lambda x: torch.where(
+        (torch.arange(len(x)) % 50 == 0)[:, None], -x, x
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", list(WRONG))
+def test_wrong_logits_are_detected(logits, wrong):
+    p, q, targets = logits
+    honest = metrics.summarize(metrics.compare(p, q, targets), 10, "x")
+    bad = metrics.summarize(metrics.compare(p, WRONG[wrong](p), targets), 10, "x")
+    assert bad.kl_mean > 5 * honest.kl_mean
+    if wrong != "twice the scale":  # keeps every argmax: only the distribution tells
+        assert bad.top1 < 1
+
+
+def test_a_shift_of_all_logits_changes_nothing(logits):
+    p, _, targets = logits
+    assert float(metrics.compare(p, p + 5, targets).kl.max()) < 1e-12
+
+
+def test_half_precision_logits_are_read_as_float32(logits):
+    p, q, targets = logits
+    half = metrics.compare(p.bfloat16(), q.bfloat16(), targets)
+    exact = metrics.compare(p.bfloat16().float(), q.bfloat16().float(), targets)
+    assert torch.equal(half.kl, exact.kl)
+
+
+def test_tokens_ruled_out(logits):
+    """-inf in both models adds nothing; only in the quantized one it costs infinitely much."""
+    p, q, targets = (x.clone() for x in logits)
+    targets[:] = 1
+    p[:, 0] = -math.inf
+    assert metrics.compare(p, q, targets).kl.isfinite().all()
+    q[:, 0] = -math.inf
+    assert metrics.compare(p, q, targets).kl.isfinite().all()
+    p[:, 0] = 0
+    assert metrics.compare(p, q, targets).kl.isposinf().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("whose", ["reference", "model"])
+def test_non_finite_logits_are_an_error(logits, value, whose):
+    p, q, targets = (x.clone() for x in logits)
+    (p if whose == "reference" else q)[17, 3] = value
+    with pytest.raises(ValueError, match=whose):
+        metrics.compare(p, q, targets)
+
+
+def test_shapes_are_checked(logits):
+    p, q, targets = logits
+    for args in ((p, q[:, :-1], targets), (p, q[:-1], targets), (p, q, targets[:-1])):
+        with pytest.raises(ValueError, match="must be"):
+            metrics.compare(*args)
+
+
+# -- windows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "n, length, n_tokens", [(100, 10, None), (100, 10, 50), (7, 10, None), (2, 2, 1), (100, 2, 9)]
+)
+def test_every_token_is_predicted_once(n, length, n_tokens):
+    ids = torch.arange(1000, 1000 + n)
+    out = metrics.windows(ids, length=length, n_tokens=n_tokens)
+    targets = out[:, 1:].flatten()
+    assert torch.equal(targets, ids[1 : 1 + len(targets)])  # in order, no gap, no repetition
+    assert torch.equal(out[1:, 0], out[:-1, -1])
+    wanted = n - 1 if n_tokens is None else min(n_tokens, n - 1)
+    assert wanted - (length - 1) < len(targets) <= wanted
+
+
+def test_windows_refuse_nonsense():
+    for text, kwargs in (([1], {}), ([], {}), ([1, 2], {"length": 1}), ([1, 2], {"n_tokens": 0})):
+        with pytest.raises(ValueError, match="needs length"):
+            metrics.windows(text, **kwargs)
+    with pytest.raises(ValueError, match="tokenizer"):
+        metrics.windows("a text")
+
+
+# -- models -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stories():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(assets.STORIES260K)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets.STORIES260K)
+    return model.eval(), tokenizer, assets.valid_text()[:9000]
+
+
+def test_evaluate_a_model_against_itself(stories):
+    model, _, text = stories
+    quality = metrics.evaluate(model, model, text, n_tokens=1000)
+    assert quality.kl_mean == quality.kl_p99 == 0
+    assert quality.top1 == quality.perplexity_ratio == 1
+    assert 4 < quality.perplexity < 10  # it was trained on such stories
+    assert quality.n_tokens == 765 and quality.window == 256
+
+
+def test_perplexity_is_the_models_own_loss(stories):
+    model, tokenizer, text = stories
+    ids = metrics.windows(text, tokenizer, 64, 630)
+    with torch.no_grad():
+        loss = float(model(input_ids=ids, labels=ids).loss)
+    assert metrics.perplexity(model, text, length=64, n_tokens=630) == pytest.approx(
+        math.exp(loss), rel=1e-4
+    )
+
+
+def test_batches_do_not_change_the_result(stories, monkeypatch):
+    model, tokenizer, text = stories
+    noisy = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in noisy.parameters():
+            p.mul_(1 + 0.01 * torch.randn_like(p))
+    one = metrics.evaluate(noisy, model, text, tokenizer, length=32, n_tokens=930)
+    monkeypatch.setattr(metrics, "BATCH", 1)
+    alone = metrics.evaluate(noisy, model, text, tokenizer, length=32, n_tokens=930)
+    assert alone.kl_mean == pytest.approx(one.kl_mean, rel=1e-3) and one.kl_mean > 1e-4
+    assert alone.text_sha256 == one.text_sha256
+
+
+def test_recording_first_gives_the_same(stories):
+    model, tokenizer, text = stories
+    broken = copy.deepcopy(model)
+    nn.init.zeros_(broken.model.layers[2].mlp.down_proj.weight)
+    recording = metrics.record(model, text, tokenizer, n_tokens=1000)
+    direct = metrics.evaluate(broken, model, text, tokenizer, n_tokens=1000)
+    assert metrics.evaluate(broken, recording) == direct
+    assert direct.kl_mean > 0.01 and direct.top1 < 0.95 and direct.perplexity_ratio > 1.01
+    with pytest.raises(ValueError, match="own text"):
+        metrics.evaluate(broken, recording, text)
+
+
+def test_evaluate_leaves_the_mode_and_asks_for_a_text(stories):
+    model, _, text = stories
+    model.train()
+    metrics.perplexity(model, text, n_tokens=300)
+    assert model.training
+    model.eval()
+    with pytest.raises(ValueError, match="needs a text"):
+        metrics.evaluate(model, model)
+
+
+def test_printing_and_dict(logits):
+    quality = metrics.summarize(metrics.compare(*logits), 10, "0123456789abcdef")
+    text = str(quality)
+    for part in (f"{quality.perplexity_ratio:.5f}", f"{quality.kl_mean:.2e}", "0123456789ab"):
+        assert part in text
+    assert quality.to_dict()["kl_p99"] == quality.kl_p99
