@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch  # noqa: F401 - its libraries must be loaded before the extension's
+
 try:
     from gpu_poor import _gpu_poor_C as _C
 except ImportError as error:  # pragma: no cover - exercised by an install without a compiler
