@@ -60,7 +60,8 @@ def _int8_linear_torch(
     xf = x.float()
     if activation_bits != 32:
         q, x_scale = _quantize_rows(xf, Q_MAX[activation_bits])
-        xf = q * x_scale[..., None]
+        # Straight through, as the operator's own backward: rounding has no gradient of use.
+        xf = xf + (q * x_scale[..., None] - xf).detach()
     if x.dtype == torch.float32:
         y = F.linear(xf, weight.float()) * scale
     else:  # half types keep their fast matmul; the scale goes into the weight against overflow

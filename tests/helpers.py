@@ -118,7 +118,7 @@ def linear(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``x @ (weight * scale).T + bias`` and how far a correct kernel may be from it.
 
-    With ``q_max`` (127 for a8, 32385 for a16) the activations are quantized first, the products
+    With ``q_max`` (127 for a8, 32384 for a16) the activations are quantized first, the products
     are exact integers, and only the epilogue rounds: converting the integer to float32, two
     multiplications by scales, the bias addition: 4 roundings, of which each errs by at most half
     an ulp of an intermediate no larger than ``|y| + |bias|``; one more converts to ``out``.
@@ -142,9 +142,14 @@ def linear(
         rounding = (k + 4) * EPS32 * (size + np.abs(b))
     else:
         q, x_scale = quantize_rows(x, q_max)
-        product = integer_dot(q, w) * x_scale.astype(np.float64)[:, None] * s
-        # a16 joins two planes in float32, so its integer carries one more rounding: 5, not 4.
-        rounding = 5 * EPS32 * (np.abs(product) + np.abs(b))
+        scales = x_scale.astype(np.float64)[:, None] * s
+        product = integer_dot(q, w) * scales
+        size = np.abs(product)
+        if q_max > 127:  # a16 joins two planes in float32; they may cancel, their roundings do not
+            high = np.rint(q / 254).astype(np.int64)
+            planes = 254 * np.abs(integer_dot(high, w)) + np.abs(integer_dot(q - 254 * high, w))
+            size = planes * np.abs(scales)
+        rounding = 5 * EPS32 * (size + np.abs(b))
     y = product + b
     tiny = float(torch.finfo(out).smallest_normal) * 2.0**-7  # results may be subnormal
     bound = rounding + ROUNDOFF[out] * (np.abs(y) + rounding) + tiny

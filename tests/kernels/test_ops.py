@@ -1,0 +1,85 @@
+"""The operators as torch sees them: opcheck, autograd, compilation, other devices' path."""
+
+import pytest
+import torch
+from helpers import assert_equal, assert_within, heavy_tailed, random_int8
+
+from gpu_poor import isa, ops
+
+W, S = random_int8(20, 30), torch.rand(20) / 100
+X = heavy_tailed(6, 30)
+
+SAMPLES = {
+    "int8_quantize": [(X,), (X.bfloat16(),), (X.view(2, 3, 30),), (X[:0],)],
+    "int8_dequantize": [(W, S, torch.float32), (W, S, torch.bfloat16)],
+    "int8_linear": [
+        (X, W, S, None, 16),
+        (X.half(), W, S, torch.randn(20).half(), 8),
+        (X.view(2, 3, 30), W, S, torch.randn(20), 32),
+        (X[:0], W, S, None, 16),
+        (X.clone().requires_grad_(), W, S, torch.randn(20, requires_grad=True), 16),
+    ],
+    "int8_embedding": [
+        (torch.tensor([[0, 19]]), W, S, torch.float32),
+        (torch.tensor([3], dtype=torch.int32), W, S, torch.bfloat16),
+    ],
+    "channel_stats": [(X,), (X.view(2, 3, 30).bfloat16(),)],
+    "gram_": [(torch.zeros(30, 30), X)],
+}
+
+
+def registered():
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(n.split("::")[1] for n in names if n.startswith("gpu_poor::"))
+
+
+def test_every_registered_operator_has_samples():
+    assert registered() == sorted(SAMPLES)
+
+
+@pytest.mark.parametrize("op", sorted(SAMPLES))
+def test_opcheck(op):
+    for args in SAMPLES[op]:
+        torch.library.opcheck(getattr(torch.ops.gpu_poor, op).default, args)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_int8_linear_gradient_is_that_of_the_dequantized_weight(isa, bits):
+    x = X.clone().requires_grad_()
+    bias = torch.zeros(20, requires_grad=True)
+    grad = heavy_tailed(6, 20, seed=5)
+    ops.int8_linear(x, W, S, bias, bits).backward(grad)
+    dense = W.double() * S.double()[:, None]
+    assert_within(x.grad, grad.double() @ dense, 1e-5)
+    assert_within(bias.grad, grad.double().sum(0), 1e-5)
+
+
+def test_int8_linear_saves_only_the_quantized_weight():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append((t.dtype, tuple(t.shape))), lambda t: t
+    ):
+        ops.int8_linear(X.clone().requires_grad_(), W, S)
+    assert sorted(saved, key=str) == [(torch.float32, (20,)), (torch.int8, (20, 30))]
+
+
+def test_operators_compile_without_a_graph_break():
+    def block(x, ids):
+        h = ops.int8_embedding(ids, W.view(30, 20), torch.ones(30))
+        return ops.int8_linear(x, W, S).sum() + h.sum()
+
+    ids = torch.tensor([0, 29])
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(X, ids), block(X, ids))
+
+
+def test_meta_tensors_need_no_data():
+    y = ops.int8_linear(X.to("meta"), W.to("meta"), S.to("meta"))
+    assert y.shape == (6, 20) and y.device.type == "meta"
+
+
+def test_the_plain_torch_path_agrees_with_the_kernels():
+    for args in SAMPLES["int8_linear"][:1]:
+        with isa.cap("torch"):
+            plain = ops.int8_linear(*args)
+        assert_within(plain, ops.int8_linear(*args), 1e-5)
