@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * What the CPU, the operating system and the container allow. */
+#define _GNU_SOURCE /* syscall, under -std=c11 */
 #include "gpu_poor.h"
 
 #if defined(__x86_64__)
