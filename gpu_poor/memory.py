@@ -1,0 +1,125 @@
+"""Where the memory of a model is: bytes of its tensors, pages of its process, and giving back.
+
+A checkpoint loaded by transformers lies in file pages (RssFile), what ``quantize`` allocates in
+anonymous ones (RssAnon), so a figure of memory names which of the two it means.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gpu_poor.nn import QuantizedEmbedding, QuantizedExperts, QuantizedModule, kind_of
+
+#: The classes of :func:`by_class`, in the order of a receipt.
+CLASSES = ("linear", "embedding", "shared lm_head", "experts", "other")
+
+
+def _identity(tensor: Tensor) -> tuple:
+    """Equal for tensors on the same memory. Not the storage: a mapped file may be one storage."""
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return ("id", id(tensor))
+    return (str(tensor.device), tensor.data_ptr(), tensor.nbytes)
+
+
+def persistent_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """``(module name, module, tensor name, tensor)`` of all parameters and persistent buffers.
+
+    Each memory once, under the first module that has it.
+    """
+    seen = set()
+    for module_name, module in model.named_modules():
+        tensors = dict(module._parameters)
+        hidden = module._non_persistent_buffers_set
+        tensors |= {k: v for k, v in module._buffers.items() if k not in hidden}
+        for name, tensor in tensors.items():
+            if tensor is not None and _identity(tensor) not in seen:
+                seen.add(_identity(tensor))
+                yield module_name, module, name, tensor
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and persistent buffers, shared memory counted once."""
+    return sum(tensor.nbytes for *_, tensor in persistent_tensors(model))
+
+
+def by_class(model: nn.Module, as_float: torch.dtype | None = None) -> dict[str, int]:
+    """:func:`parameter_bytes` split over :data:`CLASSES`.
+
+    With ``as_float`` the sizes that the model would have if its int8 weights were of that dtype.
+
+    "linear", "embedding" and "experts" are the weights and scales of quantized modules, or of the
+    float modules that could be; "shared lm_head" is an embedding's memory that a linear uses too;
+    "other" is the rest: norms, biases, what stayed in float.
+    """
+    users: dict[str, set] = {"linear": set(), "embedding": set()}
+    for module in model.modules():
+        if (kind := class_of(module)) in users:
+            users[kind].add(_identity(module.weight))
+    shared = users["linear"] & users["embedding"]
+    total = dict.fromkeys(CLASSES, 0)
+    for _, module, name, tensor in persistent_tensors(model):
+        kind = class_of(module)
+        weights = weight_names(module)
+        if name not in weights and name.removesuffix("_scale") not in weights:
+            kind = "other"
+        elif kind in users and _identity(module.weight) in shared:
+            kind = "shared lm_head"
+        if as_float is not None and isinstance(module, QuantizedModule) and kind != "other":
+            total[kind] += tensor.numel() * as_float.itemsize if name in weights else 0
+        else:
+            total[kind] += tensor.nbytes
+    return total
+
+
+def class_of(module: nn.Module) -> str:
+    """The entry of :data:`CLASSES` that the weights of a module, quantized or float, belong to."""
+    kind = type(module) if isinstance(module, QuantizedModule) else kind_of(module)
+    if kind is None:
+        return "other"
+    if issubclass(kind, QuantizedEmbedding):
+        return "embedding"
+    return "experts" if issubclass(kind, QuantizedExperts) else "linear"
+
+
+def weight_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the tensors of a module that are, or could be, int8."""
+    if isinstance(module, QuantizedModule):
+        return module.weight_names
+    kind = kind_of(module)
+    return () if kind is None else kind.weights_of(module)
+
+
+def rss() -> dict[str, int]:
+    """Resident bytes of this process: ``{"anon": ..., "file": ..., "peak": ...}``.
+
+    "anon" is the heap, "file" the resident pages of mapped files such as checkpoints, "peak" the
+    largest sum of all so far. Linux only.
+
+    Raises:
+        OSError: no ``/proc/self/status`` on this system.
+    """
+    fields = {"RssAnon": "anon", "RssFile": "file", "VmHWM": "peak"}
+    found = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key in fields:
+            found[fields[key]] = int(value.split()[0]) * 1024
+    return found
+
+
+def trim() -> bool:
+    """Give freed heap pages back to the system (glibc's ``malloc_trim``).
+
+    Without it a process that has quantized a model keeps the size of the float model.
+
+    Returns:
+        True if pages were given back; False if none were, or without glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return bool(malloc_trim is not None and malloc_trim(0))

@@ -1,0 +1,187 @@
+"""What every quantized module is: int8 weights, float32 scales, and how to get there and back.
+
+A quantized module keeps the parameter names of the float module it replaces. For each weight
+``w`` it stores
+
+    w         int8    [..., N, K]  Parameter that needs no gradient
+    w_scale   float32 [..., N]     buffer; stays float32 under .half() and .to(dtype)
+
+A weight tied to another module's is the same Parameter object in both, and the scale the same
+tensor; only the first module of the group, the owner, lists the scale in its state_dict.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gpu_poor import ops
+
+#: Every kind of quantized module by its name; filled by :func:`register`, saved in configs.
+KINDS: dict[str, type["QuantizedModule"]] = {}
+
+#: Rows are laid out and quantized in blocks of about this many elements, so that a transposed or
+#: strided weight needs a temporary of 16 MB and not a second copy of itself.
+BLOCK_ELEMENTS = 1 << 22
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def register(cls: type["QuantizedModule"]) -> type["QuantizedModule"]:
+    """Class decorator: make a quantized module known to ``quantize`` and to saved configs."""
+    KINDS[cls.kind] = cls
+    return cls
+
+
+def kind_of(module: nn.Module) -> type["QuantizedModule"] | None:
+    """The quantized class for a float module, or None if no kind takes it."""
+    return next((kind for kind in KINDS.values() if kind.accepts(module)), None)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module's forward is its class's own: not patched, no parametrization."""
+    return "forward" not in module.__dict__ and not hasattr(module, "parametrizations")
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 ``[..., N, K]`` and float32 scales ``[..., N]`` of float rows with any strides."""
+    if rows.is_contiguous():
+        return ops.int8_quantize(rows)
+    weight = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    scale = torch.empty(rows.shape[:-1], dtype=torch.float32, device=rows.device)
+    if rows.dim() > 2:
+        for i, matrix in enumerate(rows):
+            weight[i], scale[i] = quantize_rows(matrix)
+        return weight, scale
+    step = max(1, BLOCK_ELEMENTS // max(1, rows.shape[-1]))
+    for start in range(0, rows.shape[0], step):
+        block = slice(start, start + step)
+        weight[block], scale[block] = ops.int8_quantize(rows[block].contiguous())
+    return weight, scale
+
+
+class QuantizedModule(nn.Module):
+    """Base of the quantized modules; see the head of this file for what is stored."""
+
+    #: Name in receipts and saved configs.
+    kind: ClassVar[str]
+    #: The parameters that are quantized.
+    weight_names: tuple[str, ...] = ("weight",)
+
+    def __init__(self, activation: str = "a16"):
+        super().__init__()
+        self.activation = activation
+
+    # -- from a float module and back ------------------------------------------------------
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether this class computes what ``module`` computes."""
+        raise NotImplementedError
+
+    @classmethod
+    def weights_of(cls, module: nn.Module) -> tuple[str, ...]:
+        """The names of the parameters of a float module that get quantized."""
+        return cls.weight_names
+
+    @classmethod
+    def to_rows(cls, source: nn.Module, name: str, tensor: Tensor) -> Tensor:
+        """A view of the float weight ``name`` as ``[..., N, K]``: K is what a scale is shared by.
+
+        ``source`` is the float module, or the quantized one made from it.
+        """
+        return tensor
+
+    @classmethod
+    def from_float(
+        cls, module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], activation: str
+    ) -> "QuantizedModule":
+        """The quantized module from the float one and ``{weight name: (int8, scale)}``."""
+        raise NotImplementedError
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A float module that computes the same with the dequantized weights."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, name: str = "weight") -> Tensor:
+        """The float weight ``[..., N, K]``."""
+        weight, scale = getattr(self, name), getattr(self, f"{name}_scale")
+        return ops.int8_dequantize(weight, scale, dtype)
+
+    # -- state -----------------------------------------------------------------------------
+
+    @property
+    def activation(self) -> str:
+        """How the activations are carried: "a8", "a16" or "a32" (gpu_poor.ops.ACTIVATIONS)."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, value: str) -> None:
+        if value not in ops.ACTIVATIONS:
+            modes = ", ".join(ops.ACTIVATIONS)
+            raise ValueError(f"activation must be one of {modes}, got {value!r}")
+        self._activation = value
+        self._activation_bits = ops.ACTIVATIONS[value]
+
+    def set_weight(self, name: str, weight: Tensor, scale: Tensor) -> None:
+        """Store one weight: int8 ``[..., N, K]``, float32 ``[..., N]``. Keeps a Parameter as is."""
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter(name, weight)
+        self.register_buffer(f"{name}_scale", scale)
+
+    def share_scale(self, name: str, scale: Tensor) -> None:
+        """Use the scale of the module this weight is tied to; the state_dict lists it there."""
+        self.register_buffer(f"{name}_scale", scale, persistent=False)
+
+    def own_scale(self, name: str, scale: Tensor) -> None:
+        """Undo :meth:`share_scale`: an own scale, listed in the state_dict."""
+        self.register_buffer(f"{name}_scale", scale)
+
+    def take_hooks(self, module: nn.Module) -> None:
+        """Carry over the training flag and the forward and backward hooks of ``module``."""
+        self.training = module.training
+        for name in _HOOKS:
+            if getattr(module, name, None):
+                setattr(self, name, getattr(module, name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedModule":
+        """Move the module, but leave scales float32: a bfloat16 scale costs more than int8 does.
+
+        The scale stays the same tensor object, as a Parameter would, so that tied modules go on
+        sharing it.
+        """
+        before = {name: self._buffers[f"{name}_scale"] for name in self.weight_names}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[f"{name}_scale"]
+            if new.dtype != torch.float32:
+                new = old.to(new.device)
+            if new is not old and "meta" not in (new.device.type, old.device.type):
+                old.data = new
+                new = old
+            self._buffers[f"{name}_scale"] = new
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Refuse values that ``copy_`` would squeeze into int8, then load as usual."""
+        error_msgs = args[-1] if args else kwargs["error_msgs"]
+        for name in self.weight_names:
+            for key, dtype in ((name, torch.int8), (f"{name}_scale", torch.float32)):
+                value = state_dict.get(prefix + key)
+                if value is not None and value.dtype != dtype:
+                    error_msgs.append(
+                        f"{prefix}{key} must be {dtype} but the state_dict has {value.dtype}: "
+                        "it was not saved from a model quantized by gpu_poor"
+                    )
+                    return
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

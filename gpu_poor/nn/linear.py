@@ -1,0 +1,109 @@
+"""Linear layers with int8 weights: nn.Linear, and GPT-2's Conv1D, which stores W transposed."""
+
+import torch
+from torch import Tensor, nn
+
+from gpu_poor import ops
+from gpu_poor.nn.base import QuantizedModule, is_plain, register
+from gpu_poor.ops import int8_linear
+
+#: Subclasses of nn.Linear with a forward of their own that still is ``x @ W.T + b``.
+PLAIN_LINEARS = {"FalconLinear"}
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, told by name so that transformers need not be imported."""
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+@register
+class QuantizedLinear(QuantizedModule):
+    """``y = x @ (weight * weight_scale).T + bias``; not an nn.Linear, for ``weight`` is int8.
+
+    Args:
+        weight: int8 ``[out_features, in_features]``.
+        weight_scale: float32 ``[out_features]``.
+        bias: ``[out_features]`` of a float dtype, or None.
+        activation: "a8", "a16" or "a32".
+    """
+
+    kind = "linear"
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        activation: str = "a16",
+    ):
+        super().__init__(activation)
+        self.out_features, self.in_features = weight.shape
+        self.set_weight("weight", weight, weight_scale)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        if not isinstance(module, nn.Linear) or not is_plain(module):
+            return False
+        # nn.MultiheadAttention reads the weight of its out_proj and never calls it.
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return False
+        plain = type(module).forward is nn.Linear.forward or type(module).__name__ in PLAIN_LINEARS
+        return plain and set(module._parameters) == {"weight", "bias"}
+
+    @classmethod
+    def from_float(
+        cls, module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], activation: str
+    ) -> "QuantizedLinear":
+        return cls(*weights["weight"], module.bias, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The dicts, for nn.Module.__getattr__ costs a microsecond a name and a token has hundreds.
+        parameters = self._parameters
+        return int8_linear(
+            x,
+            parameters["weight"],
+            self._buffers["weight_scale"],
+            parameters["bias"],
+            self._activation_bits,
+        )
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        dtype = dtype or (torch.float32 if self.bias is None else self.bias.dtype)
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        linear.weight = nn.Parameter(self.dequantize(dtype))
+        linear.bias = self.bias
+        return linear
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, int8, {self.activation}"
+        )
+
+
+@register
+class QuantizedConv1D(QuantizedLinear):
+    """A linear made from transformers' Conv1D: stored ``[N, K]`` like any other linear."""
+
+    kind = "conv1d"
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return _is_conv1d(module) and is_plain(module)
+
+    @classmethod
+    def to_rows(cls, source: nn.Module, name: str, tensor: Tensor) -> Tensor:
+        return tensor.t()
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D
+
+        dtype = dtype or self.bias.dtype
+        with torch.device("meta"):
+            conv = Conv1D(self.out_features, self.in_features)
+        conv.weight = nn.Parameter(ops.int8_dequantize(self.weight, self.weight_scale, dtype).t())
+        conv.weight.data = conv.weight.data.contiguous()
+        conv.bias = self.bias
+        return conv

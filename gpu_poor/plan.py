@@ -1,0 +1,255 @@
+"""Which modules of a model get quantized, which stay in float, and why. Nothing is changed here."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from gpu_poor import memory, ops
+from gpu_poor.nn import KINDS, QuantizedModule, kind_of
+
+#: The least fraction of the bytes that must go, by the itemsize of the float weights: int8 takes
+#: 75 % of float32 and 50 % of 16 bit minus the scales; a model that keeps more than this in float
+#: is not what "quantized" promises.
+LEAST_REDUCTION = {4: 0.70, 2: 0.40}
+
+#: The reason that needs no explanation: norms and the like.
+NO_MATRIX = "vectors, no matrix"
+
+Patterns = str | Sequence[str] | None
+
+
+@dataclass
+class Target:
+    """A module to quantize: all its names in the model, the first one first."""
+
+    names: list[str]
+    module: nn.Module
+    kind: type[QuantizedModule]
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: getattr(self.module, name) for name in self.kind.weights_of(self.module)}
+
+
+@dataclass
+class Kept:
+    """Modules left in float for one reason; ``n_bytes`` are those of their own parameters."""
+
+    reason: str
+    module_class: str
+    count: int
+    n_bytes: int
+    example: str
+
+
+@dataclass
+class Plan:
+    """Targets, and ``{name: (module, reason)}`` of the modules with parameters that stay."""
+
+    targets: list[Target] = field(default_factory=list)
+    kept: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+
+    def bytes_saved(self) -> int:
+        """Bytes that go: shared weights once, scales counted against."""
+        weights = {id(w): w for target in self.targets for w in target.weights().values()}
+        return sum(
+            w.nbytes - w.numel() - 4 * (w.numel() // max(1, w.shape[-1])) for w in weights.values()
+        )
+
+    def kept_groups(self) -> list[Kept]:
+        """The kept modules grouped by reason and class, the largest first."""
+        groups: dict[tuple[str, str], Kept] = {}
+        for name, (module, reason) in self.kept.items():
+            key = (reason, type(module).__name__)
+            group = groups.setdefault(key, Kept(*key, 0, 0, name))
+            group.count += 1
+            group.n_bytes += sum(p.nbytes for p in module._parameters.values() if p is not None)
+        return sorted(groups.values(), key=lambda group: -group.n_bytes)
+
+
+def as_patterns(value: Patterns) -> list[str]:
+    """None, one pattern or several as a list."""
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def select(names: Iterable[str], patterns: list[str], what: str) -> set[str]:
+    """The module names that a pattern names, and all modules below them.
+
+    Raises:
+        ValueError: a pattern matches no module at all.
+    """
+    names = list(names)
+    chosen = set()
+    for pattern in patterns:
+        roots = {name for name in names if name and fnmatchcase(name, pattern)}
+        if not roots:
+            raise ValueError(f"{what}: the pattern {pattern!r} matches no module of the model")
+        chosen |= roots
+    below = set(chosen)
+    for name in names:
+        parts = name.split(".")
+        if any(".".join(parts[:i]) in chosen for i in range(1, len(parts))):
+            below.add(name)
+    return below
+
+
+def first_block(model: nn.Module) -> list[str]:
+    """The name of the first entry of the longest nn.ModuleList: the first decoder block."""
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ValueError('critical_layers="first": the model has no list of blocks')
+    name, _ = max(lists, key=lambda item: len(item[1]))
+    return [f"{name}.0"]
+
+
+def make_plan(
+    model: nn.Module,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    critical_layers: Patterns = None,
+) -> Plan:
+    """Match every module of the model; see :func:`gpu_poor.quantize` for the arguments."""
+    modules: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(id(module), (module, []))[1].append(name)
+    names = [name for _, aliases in modules.values() for name in aliases]
+    critical = first_block(model) if critical_layers == "first" else as_patterns(critical_layers)
+    included = select(names, as_patterns(include), "include") if include else None
+    excluded = select(names, as_patterns(exclude), "exclude")
+    critical_names = select(names, critical, "critical_layers")
+
+    if kind_of(model) is not None:
+        raise ValueError(
+            f"{type(model).__name__} is itself a layer: put it into a container, for instance "
+            "torch.nn.Sequential(layer), so that it can be replaced in place"
+        )
+    plan = Plan()
+    for module, aliases in modules.values():
+        if not any(p is not None for p in module._parameters.values()):
+            continue
+        kind = kind_of(module)
+        if kind is None:
+            reason = why_not(module)
+        elif included is not None and not included & set(aliases):
+            reason = "not in include"
+        elif excluded & set(aliases):
+            reason = "excluded"
+        elif critical_names & set(aliases):
+            reason = "critical layer"
+        else:
+            reason = unsupported_weight(module, kind)
+        if reason is None:
+            plan.targets.append(Target(aliases, module, kind))
+        else:
+            plan.kept[aliases[0]] = (module, reason)
+    _keep_ties_whole(model, plan)
+    return plan
+
+
+def _keep_ties_whole(model: nn.Module, plan: Plan) -> None:
+    """A weight that a kept module uses too stays in float: quantizing one side would add to it."""
+    users: dict[int, str] = {}
+    for name, (module, _) in plan.kept.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), name)
+    split = [
+        target
+        for target in plan.targets
+        if any(id(weight) in users for weight in target.weights().values())
+    ]
+    for target in split:
+        user = next(users[id(w)] for w in target.weights().values() if id(w) in users)
+        plan.targets.remove(target)
+        plan.kept[target.name] = (target.module, f"tied to {user}, which stays in float")
+
+
+def unsupported_weight(module: nn.Module, kind: type[QuantizedModule]) -> str | None:
+    """Why the weights of a module of a known kind cannot be quantized, or None."""
+    for name in kind.weights_of(module):
+        weight = getattr(module, name)
+        if weight.dtype not in ops.FLOATS:
+            return f"its {name} is {str(weight.dtype).removeprefix('torch.')}"
+        if weight.numel() == 0:
+            return f"its {name} is empty"
+    return None
+
+
+def why_not(module: nn.Module) -> str:
+    """Why no kind takes a module."""
+    if all(p is None or p.dim() < 2 for p in module._parameters.values()):
+        return NO_MATRIX
+    if "forward" in module.__dict__:
+        return "its forward was replaced (a hook of accelerate or another library)"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm rewrites the rows it reads"
+    return "gpu_poor knows no int8 form of this class"
+
+
+def check_reduction(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan that leaves too much of the model in float.
+
+    Raises:
+        ValueError: naming what stays, the largest first.
+    """
+    required = 0.0
+    total = 0
+    for *_, tensor in memory.persistent_tensors(model):
+        total += tensor.nbytes
+        if tensor.is_floating_point():
+            required += tensor.nbytes * LEAST_REDUCTION.get(tensor.dtype.itemsize, 0.0)
+    saved = plan.bytes_saved()
+    if plan.targets and saved >= required:
+        return
+    kept = [group for group in plan.kept_groups() if group.reason != NO_MATRIX]
+    blame = (
+        "".join(
+            f"\n  {group.count} x {group.module_class} ({group.n_bytes / 1e6:.2f} MB, "
+            f"e.g. {group.example}): {group.reason}"
+            for group in kept[:10]
+        )
+        or "\n  its matrices are so narrow that scales, norms and biases outweigh them"
+    )
+    raise ValueError(
+        f"int8 would make {type(model).__name__} only {saved / max(1, total):.1%} smaller; "
+        f"at least {required / max(1, total):.0%} is expected. What stays in float:{blame}\n"
+        "The model is unchanged. Pass allow_partial=True to quantize the rest all the same."
+    )
+
+
+def kinds_of(model: nn.Module) -> dict[str, str]:
+    """``{name: kind}`` of the quantized modules of a model, as saved in its config."""
+    return {n: m.kind for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
+
+
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """``{name: owner}`` of the quantized modules that use another one's int8 weight.
+
+    The owner is the one that transformers saves, else an embedding, else the first.
+    """
+    sources = set(getattr(model, "all_tied_weights_keys", {}).values())
+    groups: dict[int, list[tuple[bool, bool, str]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule) and module.weight_names == ("weight",):
+            rank = (f"{name}.weight" not in sources, isinstance(module, KINDS["linear"]), name)
+            groups.setdefault(id(module.weight), []).append(rank)
+    ties = {}
+    for group in groups.values():
+        owner = min(group, key=lambda rank: rank[:2])[2]
+        ties |= {name: owner for *_, name in group if name != owner}
+    return ties
+
+
+def share_scales(model: nn.Module) -> dict[str, str]:
+    """Make tied modules use their owner's scale tensor; returns :func:`ties_of`."""
+    ties = ties_of(model)
+    for name, owner in ties.items():
+        model.get_submodule(name).share_scale("weight", model.get_submodule(owner).weight_scale)
+    return ties

@@ -1,0 +1,217 @@
+"""``quantize(model)``: match the modules, quantize every weight, then swap. All or nothing."""
+
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gpu_poor import memory, ops
+from gpu_poor.nn import QuantizedModule
+from gpu_poor.nn.base import quantize_rows
+from gpu_poor.plan import Patterns, Plan, Target, check_reduction, make_plan, share_scales
+from gpu_poor.receipt import make_receipt
+
+#: A bar shows up after this many seconds of work.
+PROGRESS_DELAY_S = 1.0
+
+
+def quantize(
+    model: nn.Module,
+    bits: int = 8,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    activation: str = "a16",
+    critical_layers: Patterns = None,
+    allow_partial: bool = False,
+    progress: bool | None = None,
+    verbose: bool = True,
+) -> nn.Module:
+    """Replace the matrices of a model by int8 ones, in place.
+
+    Linear layers, GPT-2's Conv1D, embeddings and transformers' fused experts are taken; a weight
+    tied between an embedding and lm_head is stored once. Everything else stays as it is and is
+    listed in the receipt, which is printed and kept as ``model.gpu_poor_receipt``. Either all of
+    it succeeds or the model is left as it was: until the last weight is done, both the float
+    model and the int8 one are in memory.
+
+    Args:
+        model: any torch module with float32, bfloat16 or float16 weights.
+        bits: 8.
+        include: fnmatch patterns over module names; only these modules, and what is below them.
+        exclude: the same, to leave out.
+        activation: "a16" (default), "a8" or "a32": how activations enter the integer products.
+        critical_layers: patterns of modules to keep in float, or "first" for the first block.
+        allow_partial: accept a model of which much stays in float.
+        progress: show a bar; None shows it on a terminal when the work takes more than a second.
+        verbose: print the receipt.
+
+    Returns:
+        The same model. A transformers model can be saved with ``save_pretrained`` and loaded by
+        plain ``from_pretrained`` after ``import gpu_poor``.
+
+    Raises:
+        ValueError: bits or activation are unknown; a pattern matches nothing; the model is
+            quantized already or has no data (meta device); a parameter is not finite (the error
+            names it); or its bytes would fall by less than 70 % (40 % for 16-bit models) and
+            allow_partial is False.
+    """
+    started = time.perf_counter()
+    check_options(bits, activation)
+    check_quantizable(model)
+    plan = make_plan(model, include, exclude, critical_layers)
+    if not allow_partial or not plan.targets:
+        check_reduction(model, plan)
+    check_finite(target_free_parameters(model, plan))
+    before, kept = memory.by_class(model), plan.kept_groups()
+    swap(model, plan.targets, quantize_weights(plan, progress), activation)
+    share_scales(model)
+    del plan  # the last reference to the float weights
+    memory.trim()
+    seconds = time.perf_counter() - started
+    model.gpu_poor_receipt = make_receipt(model, before, kept, seconds)
+    if _is_transformers_model(model):
+        from gpu_poor import hf
+
+        hf.attach(
+            model,
+            bits=bits,
+            activation=activation,
+            include=include,
+            exclude=exclude,
+            critical_layers=critical_layers,
+            allow_partial=allow_partial,
+        )
+    if verbose:
+        print(model.gpu_poor_receipt)
+    return model
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace the quantized modules by float ones with the dequantized weights, in place.
+
+    The result is an ordinary model that answers as the quantized one does, within rounding.
+
+    Args:
+        dtype: of the weights; by default the one the module answers in.
+    """
+    shared: dict[int, nn.Parameter] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, QuantizedModule):
+            float_module = module.to_float(dtype)
+            float_module.train(module.training)
+            if module.weight_names == ("weight",):
+                float_module.weight = shared.setdefault(id(module.weight), float_module.weight)
+            put(model, name, float_module)
+    if hasattr(model, "gpu_poor_receipt"):
+        del model.gpu_poor_receipt
+    if _is_transformers_model(model):
+        from gpu_poor import hf
+
+        hf.detach(model)
+    return model
+
+
+# -- checks ------------------------------------------------------------------------------------
+
+
+def check_options(bits: int, activation: str) -> None:
+    """Raise ValueError unless both are known."""
+    if bits != 8 or isinstance(bits, bool):
+        raise ValueError(f"bits must be 8, got {bits!r}")
+    if activation not in ops.ACTIVATIONS:
+        modes = ", ".join(ops.ACTIVATIONS)
+        raise ValueError(f"activation must be one of {modes}, got {activation!r}")
+
+
+def check_quantizable(model: nn.Module) -> None:
+    """Raise unless the model is a float model with data."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize takes a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            raise ValueError(f"the model is already quantized by gpu_poor ({name or 'itself'})")
+    method = getattr(model, "quantization_method", None)
+    if getattr(model, "is_quantized", False) or method is not None:
+        raise ValueError(f"the model is already quantized ({method or 'by another library'})")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise ValueError(f"{name} is on the meta device: there is nothing to quantize")
+
+
+def check_finite(parameters: Iterator[tuple[str, Tensor]]) -> None:
+    """Raise ValueError naming the first parameter with a NaN or an infinity."""
+    for name, parameter in parameters:
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise not_finite(name)
+
+
+def not_finite(name: str) -> ValueError:
+    """The error for a parameter with a NaN or an infinity."""
+    return ValueError(f"{name} is not finite: it holds a NaN or an infinity")
+
+
+def target_free_parameters(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that stay in float; the others are checked while they are quantized."""
+    taken = {id(weight) for target in plan.targets for weight in target.weights().values()}
+    return ((n, p.detach()) for n, p in model.named_parameters() if id(p) not in taken)
+
+
+# -- the work ----------------------------------------------------------------------------------
+
+Quantized = dict[int, tuple[nn.Parameter, Tensor]]
+
+
+@torch.no_grad()
+def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
+    """``{id of the float weight: (int8 Parameter, scale)}``; the model is not touched."""
+    weights = {
+        id(weight): (target, name, weight)
+        for target in plan.targets
+        for name, weight in target.weights().items()
+    }
+    show = sys.stderr.isatty() if progress is None else progress
+    bar = tqdm(
+        total=sum(weight.nbytes for *_, weight in weights.values()),
+        desc="int8",
+        unit="B",
+        unit_scale=True,
+        delay=PROGRESS_DELAY_S,
+        disable=not show,
+    )
+    done: Quantized = {}
+    with bar:
+        for key, (target, name, weight) in weights.items():
+            q, scale = quantize_rows(target.kind.to_rows(target.module, name, weight.detach()))
+            if not bool(torch.isfinite(scale).all()):
+                raise not_finite(f"{target.name}.{name}")
+            done[key] = nn.Parameter(q, requires_grad=False), scale
+            bar.update(weight.nbytes)
+    return done
+
+
+def swap(model: nn.Module, targets: list[Target], quantized: Quantized, activation: str) -> None:
+    """Put quantized modules in the places of the float ones, under all of their names."""
+    modules = []
+    for target in targets:
+        weights = {name: quantized[id(weight)] for name, weight in target.weights().items()}
+        modules.append(target.kind.from_float(target.module, weights, activation))
+        modules[-1].take_hooks(target.module)
+    for target, module in zip(targets, modules, strict=True):
+        for name in target.names:
+            put(model, name, module)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _is_transformers_model(model: nn.Module) -> bool:
+    """A PreTrainedModel, without importing transformers for models that cannot be one."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)

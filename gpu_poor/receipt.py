@@ -1,0 +1,128 @@
+"""The receipt of a quantization: bytes before and after by class, what was kept and why."""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+
+from gpu_poor import isa, memory
+from gpu_poor.nn import QuantizedModule
+from gpu_poor.plan import Kept
+
+MB = 1e6
+
+
+@dataclass
+class Receipt:
+    """What :func:`gpu_poor.quantize` did to a model. All sizes in bytes, shared memory once."""
+
+    model: str
+    bits: int
+    activation: str
+    #: The implementation of int8_linear in use: "ref", "avx2", "avx512_vnni", "amx" or "torch".
+    kernel: str
+    modules: dict[str, int]
+    before: dict[str, int]
+    after: dict[str, int]
+    kept: list[Kept] = field(default_factory=list)
+    seconds: float | None = None
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(self.before.values())
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(self.after.values())
+
+    @property
+    def reduction(self) -> float:
+        """The fraction of the bytes that is gone: 0.75 is four times smaller."""
+        return 1 - self.bytes_after / max(1, self.bytes_before)
+
+    def to_dict(self) -> dict:
+        """Plain numbers and strings, for JSON."""
+        totals = ("bytes_before", "bytes_after", "reduction")
+        return asdict(self) | {name: getattr(self, name) for name in totals}
+
+    def __str__(self) -> str:
+        took = "" if self.seconds is None else f" in {self.seconds:.1f} s"
+        lines = [
+            f"{self.model}: int{self.bits} weights, {self.activation} activations, "
+            f"kernel {self.kernel}",
+            f"  {'':<14} {'modules':>7} {'before MB':>11} {'after MB':>11}",
+        ]
+        for name in memory.CLASSES:
+            if before := self.before.get(name):
+                count = self.modules.get(name) or ""
+                after = self.after[name]
+                lines.append(f"  {name:<14} {count:>7} {before / MB:>11.2f} {after / MB:>11.2f}")
+        lines.append(
+            f"  {'total':<14} {sum(self.modules.values()):>7} {self.bytes_before / MB:>11.2f} "
+            f"{self.bytes_after / MB:>11.2f}   {self.reduction:.1%} smaller{took}"
+        )
+        lines += [
+            f"  kept in float: {kept.count} x {kept.module_class} "
+            f"({kept.n_bytes / MB:.2f} MB, e.g. {kept.example}): {kept.reason}"
+            for kept in self.kept
+        ]
+        return "\n".join(lines)
+
+
+def count_modules(model: nn.Module) -> dict[str, int]:
+    """How many quantized modules each class of :data:`memory.CLASSES` has.
+
+    "shared lm_head" stays out: its modules are counted as the linear and the embedding they are.
+    """
+    counts = dict.fromkeys(memory.CLASSES, 0)
+    for module in model.modules():
+        if isinstance(module, QuantizedModule):
+            counts[memory.class_of(module)] += 1
+    return counts
+
+
+def receipt(model: nn.Module) -> Receipt:
+    """The receipt of a quantized model.
+
+    After ``quantize`` it is the one that was printed. For a model loaded from a quantized folder
+    it is worked out from the modules: "before" is then the size in the model's own float dtype.
+
+    Raises:
+        ValueError: the model has no quantized module.
+    """
+    if (found := getattr(model, "gpu_poor_receipt", None)) is not None:
+        return found
+    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
+        raise ValueError("the model is not quantized by gpu_poor: there is no receipt")
+    dtype = getattr(model, "dtype", torch.float32)
+    return make_receipt(model, memory.by_class(model, as_float=dtype))
+
+
+def make_receipt(
+    model: nn.Module,
+    before: dict[str, int],
+    kept: list[Kept] | None = None,
+    seconds: float | None = None,
+) -> Receipt:
+    """The receipt of a quantized model; ``before`` is :func:`memory.by_class` of the float one."""
+    return Receipt(
+        model=type(model).__name__,
+        bits=8,
+        activation=activations(model),
+        kernel=isa.kernels()["int8_linear"],
+        modules=count_modules(model),
+        before=before,
+        after=memory.by_class(model),
+        kept=kept or [],
+        seconds=seconds,
+    )
+
+
+def activations(model: nn.Module) -> str:
+    """The activation mode of a model, or e.g. "a16, a8" where modules differ."""
+    modes = {
+        module.activation
+        for module in model.modules()
+        if isinstance(module, QuantizedModule) and memory.class_of(module) != "embedding"
+    }
+    return ", ".join(sorted(modes)) or "none"
