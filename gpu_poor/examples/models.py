@@ -1,0 +1,93 @@
+"""Find a model by name for the demo: the packaged one, a folder, the hub, or random weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gpu_poor import assets
+
+PACKAGED = "stories260k"
+
+#: Published configurations, for when there is no network: (n_layer, n_embd, n_head) of GPT-2.
+GPT2_SHAPES = {
+    "distilgpt2": (6, 768, 12),
+    "gpt2": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16),
+    "gpt2-large": (36, 1280, 20),
+}
+
+
+@dataclass
+class Loaded:
+    """A float32 causal LM, its tokenizer (None with random weights) and where it came from."""
+
+    model: nn.Module
+    tokenizer: object | None
+    source: str
+
+    @property
+    def is_random(self) -> bool:
+        return self.tokenizer is None
+
+
+def load_float(name_or_path: str, random_weights: bool = False) -> Loaded:
+    """Load a causal LM in float32.
+
+    Args:
+        name_or_path: "stories260k" (in the package), a local folder, or a name on the hub.
+        random_weights: if the name is one of :data:`GPT2_SHAPES` and cannot be downloaded, build
+            it from its published configuration with random weights: right for memory and speed,
+            worthless for quality.
+
+    Raises:
+        OSError: there is no such folder and the model cannot be downloaded; the message says
+            what to do.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if name_or_path == PACKAGED:
+        path, source = assets.STORIES260K, "in the package"
+    elif Path(name_or_path).is_dir():
+        path, source = name_or_path, "local folder"
+    else:
+        path, source = name_or_path, "model hub"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except OSError as error:
+        if source != "model hub":
+            raise
+        if random_weights and name_or_path in GPT2_SHAPES:
+            return Loaded(random_gpt2(name_or_path), None, "random weights")
+        raise OSError(_advice(name_or_path)) from error
+    return Loaded(model.eval(), tokenizer, source)
+
+
+def random_gpt2(name: str) -> nn.Module:
+    """A GPT-2 of the published shape with random weights, the same ones every time."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    n_layer, n_embd, n_head = GPT2_SHAPES[name]
+    config = GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=n_head)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config).eval()
+
+
+def _advice(name: str) -> str:
+    known = name in GPT2_SHAPES
+    return (
+        f"{name!r} is no local folder and could not be downloaded. Either\n"
+        f"  - give the folder of a model you have: python -m examples.demo /path/to/folder\n"
+        f"  - connect to the network and try again\n"
+        + (
+            f"  - measure memory and speed only, on random weights: "
+            f"python -m examples.demo {name} --random-weights\n"
+            if known
+            else f"  - use a name whose shape is known ({', '.join(GPT2_SHAPES)}) with "
+            f"--random-weights\n"
+        )
+        + f"  - use the small model in the package: python -m examples.demo {PACKAGED}"
+    )
