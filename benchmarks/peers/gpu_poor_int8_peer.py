@@ -1,5 +1,9 @@
 """gpu-poor, 8 bits, as quantize() does it by default; ``:a8`` and ``:a32`` on request."""
 
+import re
+
+from torch import nn
+
 from benchmarks.peers import runner
 
 LABELS = {"": "**gpu-poor int8**"}
@@ -7,9 +11,38 @@ REQUIREMENTS = ()
 NOTE = ""
 
 
+def layers(model: nn.Module) -> list[dict]:
+    """What became of every tensor: groups of names that differ only in their layer's number."""
+    from gpu_poor.nn import QuantizedModule
+
+    groups: dict[tuple, dict] = {}
+    seen = set()
+    for name, module in model.named_modules():
+        quantized = isinstance(module, QuantizedModule)
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or tensor.numel() == 0 or key in module._non_persistent_buffers_set:
+                continue
+            shared = tensor.data_ptr() in seen
+            seen.add(tensor.data_ptr())
+            int8 = quantized and key.removesuffix("_scale") in module.weight_names
+            pattern = re.sub(r"\.\d+\.", ".*.", f"{name}.{key}")
+            group = groups.setdefault(
+                (pattern, tuple(tensor.shape), shared),
+                {"name": pattern, "shape": list(tensor.shape), "count": 0, "bytes": 0,
+                 "dtype": str(tensor.dtype).removeprefix("torch."), "int8": int8, "shared": shared,
+                 "module": type(module).__name__},
+            )  # fmt: skip
+            group["count"] += 1
+            group["bytes"] += 0 if shared else tensor.nbytes
+    return list(groups.values())
+
+
 def setup(shape: str, threads: int, variant: str):
     from gpu_poor import quantize
 
     model, before = runner.float_model(shape)
     options = {"activation": variant} if variant else {}
-    return runner.TransformersRunner(quantize(model, bits=8, **options), before)
+    model = quantize(model, bits=8, verbose=False, **options)
+    session = runner.TransformersRunner(model, before)
+    session.details = {"receipt": model.gpu_poor_receipt.to_dict(), "layers": layers(model)}
+    return session

@@ -48,7 +48,8 @@ def main() -> None:
         torch.set_num_threads(threads)
         module, _, variant = name.partition(":")
         session = peers.load(module).setup(shape, threads, variant)
-        return {"bytes": session.bytes, "bytes_before": session.bytes_before, "note": session.note}
+        return {"bytes": session.bytes, "bytes_before": session.bytes_before, "note": session.note,
+                "details": getattr(session, "details", None)}  # fmt: skip
 
     reply(start)
     for line in sys.stdin:
