@@ -32,6 +32,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("GPU_POOR_NOTEBOOK_RUNS", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # quicker for a tiny model on a busy machine
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # the install cell must not run; if it does, it fails
     notebook = read(path)
