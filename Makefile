@@ -13,7 +13,7 @@ OLDEST_TESTS := tests/test_hf.py
 
 C_FILES := $(sort $(wildcard csrc/*.c csrc/*/*.c))
 C_KERNELS := $(filter-out csrc/module.c,$(C_FILES))
-CSRC := $(C_FILES) $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h)
+CSRC := $(C_FILES) $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*.map)
 EXTENSION := gpu_poor/_gpu_poor_C.abi3.so
 
 help:            ## list the targets

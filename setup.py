@@ -18,6 +18,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 os.chdir(Path(__file__).resolve().parent)
 SOURCES = sorted(str(p) for suffix in ("c", "cpp") for p in Path("csrc").rglob(f"*.{suffix}"))
+EXPORTS, LINUX = "csrc/exports.map", sys.platform == "linux"
 HEADERS = sorted(str(p) for p in Path("csrc").rglob("*.h")) + ["setup.py"]
 
 
@@ -55,7 +56,7 @@ class BuildExt(build_ext):
 extension = Extension(
     "gpu_poor._gpu_poor_C",
     SOURCES,
-    depends=HEADERS,
+    depends=[*HEADERS, EXPORTS],
     include_dirs=["csrc"],
     library_dirs=library_paths(),
     # No rpath: gpu_poor imports torch first, so these are loaded already.
@@ -73,7 +74,8 @@ extension = Extension(
         "-Wextra",
         "-Wno-psabi",
     ],
-    extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
+    # -s: no debug information in the wheel.
+    extra_link_args=["-Wl,-s", f"-Wl,--version-script={EXPORTS}"] if LINUX else [],
     py_limited_api=True,
 )
 
