@@ -142,7 +142,7 @@ class GpuPoorQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         """Swap the modules of the skeleton, which is on the meta device."""
         config = self.quantization_config
-        tie_skeleton(model)
+        tie_skeleton(model, config.ties if self.pre_quantized else None)
         if self.pre_quantized:
             targets = saved_targets(model, config)
         else:
@@ -224,17 +224,29 @@ class GpuPoorQuantizer(HfQuantizer):
         return model
 
     def _restore_shared_scales(self, model) -> None:
-        """Tied modules share a scale again; those whose weights the file has apart do not.
+        """Tied modules share a scale again, and modules that are not get their own back.
 
-        transformers has overwritten what it takes for derived buffers, and if the file had the
-        weight under the name of lm_head only, the owner's scale is the one found there.
+        transformers has filled what it takes for derived buffers with nothing. And it ties what
+        has the same int8 weight, though rows that differ by a factor differ in the scale only.
         """
         for name, scale in self._scales.items():
             model.get_submodule(name).own_scale("weight", scale)
-        for name, owner in ties_of(model).items():
-            if name in self._scales and owner not in self._scales:
-                model.get_submodule(owner).own_scale("weight", self._scales[name])
-        share_scales(model)
+        for name, owner in ties_of(model, scales=False).items():
+            module, source = model.get_submodule(name), model.get_submodule(owner)
+            if not self._is_tied(model, name, owner):
+                module.weight = nn.Parameter(module.weight.clone(), requires_grad=False)
+                model.all_tied_weights_keys.pop(f"{name}.weight", None)
+                continue
+            if name in self._scales and owner not in self._scales:  # the file has only lm_head's
+                source.own_scale("weight", self._scales[name])
+            module.share_scale("weight", source.weight_scale)
+
+    def _is_tied(self, model, name: str, owner: str) -> bool:
+        if self.pre_quantized:
+            ties = self.quantization_config.ties or {}
+            return any(candidate in ties for candidate in _candidates(model, name))
+        scales = self._scales.get(name), self._scales.get(owner)
+        return None in scales or torch.equal(*scales)
 
     # -- what the model can do ---------------------------------------------------------------
 
@@ -307,14 +319,19 @@ def _find(model: nn.Module, name: str) -> nn.Module | None:
     raise ValueError(f"{METHOD} config: the model has no module {name!r}")
 
 
-def tie_skeleton(model: nn.Module) -> None:
+def tie_skeleton(model: nn.Module, ties: dict[str, str] | None) -> None:
     """Make tied parameters one object, as they are in a model with data.
 
     While transformers builds a skeleton, its own ``tie_weights`` does nothing.
+
+    Args:
+        ties: those of a saved config, so that no others are made; None to make all.
     """
     for name, source in model.all_tied_weights_keys.items():
         module_name, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module_name), leaf, model.get_parameter(source))
+        named = ties is None or any(c in ties for c in _candidates(model, module_name))
+        if named or leaf != "weight":
+            setattr(model.get_submodule(module_name), leaf, model.get_parameter(source))
 
 
 def swap_skeleton(model: nn.Module, targets: list[Target], config: GpuPoorConfig) -> None:
@@ -414,8 +431,9 @@ def _attach(model: nn.Module, quantizer: GpuPoorQuantizer) -> None:
     describe(model, config)
     model.config.quantization_config = config
     model.hf_quantizer = quantizer
-    model.is_quantized = True
     model.quantization_method = METHOD
+    # Only a bar to .half() and .float() in transformers, and ours take both.
+    model.is_quantized = False
     # Tensors are saved under their names in the model: splitting fused experts into one file
     # entry per expert would double the memory of a load, which has to merge them again.
     model._weight_conversions = []

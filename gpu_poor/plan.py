@@ -229,17 +229,19 @@ def kinds_of(model: nn.Module) -> dict[str, str]:
     return {n: m.kind for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
 
 
-def ties_of(model: nn.Module) -> dict[str, str]:
+def ties_of(model: nn.Module, scales: bool = True) -> dict[str, str]:
     """``{name: owner}`` of the quantized modules that use another one's int8 weight.
 
-    The owner is the one that transformers saves, else an embedding, else the first.
+    The owner is the one that transformers saves, else an embedding, else the first. Modules with
+    the same weight but scales of their own are not tied, unless ``scales`` is False.
     """
     sources = set(getattr(model, "all_tied_weights_keys", {}).values())
-    groups: dict[int, list[tuple[bool, bool, str]]] = {}
+    groups: dict[tuple[int, int], list[tuple[bool, bool, str]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule) and module.weight_names == ("weight",):
             rank = (f"{name}.weight" not in sources, isinstance(module, KINDS["linear"]), name)
-            groups.setdefault(id(module.weight), []).append(rank)
+            key = (id(module.weight), id(module.weight_scale) if scales else 0)
+            groups.setdefault(key, []).append(rank)
     ties = {}
     for group in groups.values():
         owner = min(group, key=lambda rank: rank[:2])[2]

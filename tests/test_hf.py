@@ -1,0 +1,319 @@
+"""transformers: what is saved and loaded answers with the same bits, and says what is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import MODELS, logits, make_model, tokens
+
+import gpu_poor
+from gpu_poor import GpuPoorConfig, memory, quantize
+
+transformers = pytest.importorskip("transformers")
+FLOAT_TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def load_class(name):
+    return getattr(transformers, MODELS[name][0])
+
+
+def saved(tmp_path, name="llama-tied", **options):
+    """A quantized model and the folder it was saved to."""
+    model = quantize(make_model(name), verbose=False, **options)
+    model.save_pretrained(tmp_path / "int8")
+    return model, tmp_path / "int8"
+
+
+# -- round trips -------------------------------------------------------------------------------
+
+
+def test_round_trip_has_equal_bits(model_name, tmp_path):
+    model, folder = saved(tmp_path, model_name)
+    expected = logits(model)
+    loaded = load_class(model_name).from_pretrained(folder)
+    assert torch.equal(logits(loaded), expected)
+    assert memory.parameter_bytes(loaded) == memory.parameter_bytes(model)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_class(model_name).from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), expected)
+
+
+def test_quantizing_while_loading_equals_in_memory(model_name, tmp_path):
+    model = make_model(model_name)
+    model.save_pretrained(tmp_path / "float")
+    quantize(model, verbose=False)
+    streamed = load_class(model_name).from_pretrained(
+        tmp_path / "float",
+        quantization_config=GpuPoorConfig(bits=8),
+    )
+    assert torch.equal(logits(streamed), logits(model))
+    assert streamed.state_dict().keys() == model.state_dict().keys()
+    config, expected = streamed.config.quantization_config, model.config.quantization_config
+    assert config.to_dict() == expected.to_dict()
+    receipts = [gpu_poor.receipt(m).to_dict() for m in (streamed, model)]
+    for receipt in receipts:
+        del receipt["seconds"]
+    assert receipts[0] == receipts[1]
+    streamed.save_pretrained(tmp_path / "int8")
+    loaded = load_class(model_name).from_pretrained(tmp_path / "int8")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "gemma2", "mixtral", "opt"])
+def test_round_trip_of_16_bit_models(name, dtype, tmp_path):
+    # Not .to(dtype): that rounds the rotary frequencies too, which loading computes in float32.
+    make_model(name).save_pretrained(tmp_path / "float32")
+    model = load_class(name).from_pretrained(tmp_path / "float32", dtype=dtype)
+    model.save_pretrained(tmp_path / "float")
+    quantize(model, verbose=False)
+    model.save_pretrained(tmp_path / "int8")
+    loaded = load_class(name).from_pretrained(tmp_path / "int8")
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded), logits(model))
+    streamed = load_class(name).from_pretrained(
+        tmp_path / "float", quantization_config=GpuPoorConfig()
+    )
+    assert torch.equal(logits(streamed), logits(model))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_scales_stay_float32_whatever_dtype_is_asked_for(dtype, tmp_path):
+    model, folder = saved(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    scales = {n: b for n, b in loaded.named_buffers() if n.endswith("weight_scale")}
+    assert scales and all(scale.dtype == torch.float32 for scale in scales.values())
+    assert loaded.dtype == dtype
+    assert logits(loaded).dtype == dtype
+    expected = model.get_submodule("model.layers.0.mlp.up_proj").weight_scale
+    assert torch.equal(scales["model.layers.0.mlp.up_proj.weight_scale"], expected)
+
+
+def test_load_is_plain_from_pretrained(tmp_path):
+    model, folder = saved(tmp_path)
+    assert torch.equal(logits(gpu_poor.load(folder)), logits(model))
+    make_model("llama").save_pretrained(tmp_path / "float")
+    with pytest.raises(ValueError, match="not quantized by gpu_poor"):
+        gpu_poor.load(tmp_path / "float")
+
+
+def test_a_fresh_process_needs_only_import_gpu_poor(tmp_path):
+    model, folder = saved(tmp_path)
+    torch.save(logits(model), tmp_path / "expected.pt")
+    code = (
+        "import sys, gpu_poor\n"
+        "assert 'transformers' not in sys.modules\n"
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+        f"expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
+        f"ids = torch.tensor({tokens().tolist()})\n"
+        "with torch.no_grad():\n"
+        "    actual = model(ids, attention_mask=torch.ones_like(ids)).logits\n"
+        "assert torch.allclose(actual, expected, atol=1e-5), (actual - expected).abs().max()\n"
+        "assert model.lm_head.weight_scale is model.model.embed_tokens.weight_scale\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_activations_and_options_are_saved(tmp_path):
+    model = quantize(
+        make_model("llama"), activation="a8", exclude="lm_head", allow_partial=True, verbose=False
+    )
+    model.get_submodule("model.layers.1.mlp.down_proj").activation = "a32"
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.lm_head) is torch.nn.Linear
+    assert loaded.get_submodule("model.layers.1.mlp.down_proj").activation == "a32"
+    assert loaded.get_submodule("model.layers.0.mlp.down_proj").activation == "a8"
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_base_model_loads_from_a_causal_lm_folder(tmp_path):
+    model, folder = saved(tmp_path)
+    base = transformers.AutoModel.from_pretrained(folder)
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(base(ids)[0], model.model(ids)[0])
+
+
+def test_generate(tmp_path):
+    model, folder = saved(tmp_path)
+    ids = tokens(1, 5)
+    out = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert out.shape == (1, 11)
+    loaded = gpu_poor.load(folder)
+    assert torch.equal(loaded.generate(ids, max_new_tokens=6, do_sample=False), out)
+
+
+def test_dequantized_model_is_ordinary_again(model_name, tmp_path):
+    model = make_model(model_name)
+    keys, classes = model.state_dict().keys(), {type(m) for m in model.modules()}
+    quantize(model, activation="a32", verbose=False)
+    expected = logits(model)
+    gpu_poor.dequantize(model)
+    # a32 sums in another order than torch does, and each layer's error goes into the next.
+    bound = 1e-4 * expected.abs().max()
+    assert (logits(model) - expected).abs().max() <= bound
+    assert model.state_dict().keys() == keys
+    assert {type(m) for m in model.modules()} <= classes | {torch.nn.Linear}
+    model.save_pretrained(tmp_path)
+    loaded = load_class(model_name).from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_resize_token_embeddings_says_what_to_do():
+    model = quantize(make_model("llama-tied"), verbose=False)
+    with pytest.raises(ValueError, match="dequantize"):
+        model.resize_token_embeddings(400)
+    gpu_poor.dequantize(model).resize_token_embeddings(400)
+    assert model.get_input_embeddings().weight.shape[0] == 400
+
+
+# -- tied weights ------------------------------------------------------------------------------
+
+
+def test_tied_weight_is_one_buffer_in_memory_and_in_the_file(tmp_path):
+    model, folder = saved(tmp_path)
+    for m in (model, gpu_poor.load(folder)):
+        assert m.lm_head.weight is m.model.embed_tokens.weight
+        assert m.lm_head.weight_scale is m.model.embed_tokens.weight_scale
+        m.tie_weights()
+        assert m.lm_head.weight is m.model.embed_tokens.weight
+    from safetensors.torch import load_file
+
+    file = load_file(folder / "model.safetensors")
+    assert not any(key.startswith("lm_head") for key in file)
+
+
+@pytest.mark.parametrize("present", ["both equal", "both different", "lm_head only"])
+def test_streaming_a_tied_model_with_unusual_files(present, tmp_path):
+    """Files may hold a tied weight twice, or under lm_head's name only."""
+    from safetensors.torch import load_file, save_file
+
+    model = make_model("llama-tied")
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    state["lm_head.weight"] = state[name].clone()
+    if present == "both different":
+        state["lm_head.weight"] *= torch.linspace(1, 2, 384)[:, None]
+    if present == "lm_head only":
+        del state[name]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    # What transformers makes of the file without us is the measure.
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    quantize(reference, verbose=False)
+    streamed = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=GpuPoorConfig()
+    )
+    assert torch.equal(logits(streamed), logits(reference))
+    tied = streamed.lm_head.weight is streamed.model.embed_tokens.weight
+    assert tied == (present != "both different")
+    streamed.save_pretrained(tmp_path / "int8")
+    assert torch.equal(logits(gpu_poor.load(tmp_path / "int8")), logits(reference))
+
+
+# -- the config --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2 is unknown"),
+        ({"version": "1"}, "version '1' is unknown"),
+        ({"bits": 4}, "bits must be 8"),
+        ({"bits": "8"}, "bits must be 8"),
+        ({"activation": "a4"}, "activation must be"),
+        ({"group_size": 32}, "unknown keys group_size"),
+        ({"modules": {"lm_head": "os.system"}}, "unknown values os.system"),
+        ({"modules": ["lm_head"]}, "must map names"),
+        ({"modules": {}}, "no modules"),
+        ({"modules": None}, "no modules"),
+        ({"modules": {"model.layers.7.mlp.up_proj": "linear"}}, "no module"),
+        ({"modules": {"lm_head": "embedding"}}, "saved as embedding"),
+        ({"modules": {"model.norm": "linear"}}, "saved as linear"),
+        ({"ties": {"lm_head": "x"}, "modules": {}}, "of no module"),
+        ({"activations": {"lm_head": "a7"}}, "unknown values a7"),
+        ({"include": 3}, "include must be"),
+    ],
+)
+def test_config_is_refused(change, message, tmp_path):
+    _, folder = saved(tmp_path, "llama")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= change
+    if config["quantization_config"]["modules"] == {}:
+        config["quantization_config"]["activations"] = {}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_config_object_can_be_used_twice(tmp_path):
+    config = GpuPoorConfig(bits=8)
+    for name in ("llama", "gpt2"):
+        make_model(name).save_pretrained(tmp_path / name)
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, quantization_config=config
+        )
+    assert config.modules is None
+
+
+# -- quantizing while loading: errors ------------------------------------------------------------
+
+
+def test_streaming_refuses_what_quantize_refuses(tmp_path):
+    model = make_model("llama")
+    model.save_pretrained(tmp_path / "a")
+    for config, message in (
+        (GpuPoorConfig(exclude=["*.mlp.*"]), "excluded"),
+        (GpuPoorConfig(exclude=["nothing.here"]), "matches no module"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / "a", quantization_config=config
+            )
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight is not finite"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "b", quantization_config=GpuPoorConfig()
+        )
+
+
+def test_streaming_peak_is_the_int8_model_and_one_tensor(tmp_path):
+    """Anonymous memory while loading: at most 1.10 x the int8 model and the largest tensor."""
+    wide = {"hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 16000}
+    model = make_model("llama", num_hidden_layers=6, num_attention_heads=8, **wide)
+    model.save_pretrained(tmp_path)
+    code = (
+        "import threading, time, torch, gpu_poor\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_config  # imports what loading imports\n"
+        "from transformers import LlamaForCausalLM\n"
+        "import transformers.core_model_loading, gpu_poor.hf\n"
+        "base, peak, stop = gpu_poor.memory.rss()['anon'], 0, False\n"
+        "def watch():\n"
+        "    global peak\n"
+        "    while not stop:\n"
+        "        peak = max(peak, gpu_poor.memory.rss()['anon']); time.sleep(0.001)\n"
+        "thread = threading.Thread(target=watch); thread.start()\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r},\n"
+        "    quantization_config=gpu_poor.GpuPoorConfig(bits=8))\n"
+        "stop = True; thread.join()\n"
+        "print(peak - base, gpu_poor.memory.rss()['anon'] - base,\n"
+        "      gpu_poor.memory.parameter_bytes(model))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, after, size = map(int, done.stdout.split()[-3:])
+    largest = 16000 * 1024 * 4
+    # 25 MB for what transformers, torch's threads and the watcher allocate once.
+    assert peak <= 1.10 * size + largest + 25e6
+    assert after <= 1.05 * size + 25e6
