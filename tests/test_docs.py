@@ -1,0 +1,111 @@
+"""What the documents show is true: code runs, files exist, nothing registered is missing."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpu_poor
+from gpu_poor import assets
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def test_readme_code_runs(tmp_path, monkeypatch, capsys):
+    """All Python blocks, top to bottom in one session, on the packaged model."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_text.txt").write_text(assets.valid_text()[:4000])
+    code = blocks("python")
+    assert len(code) == 5 and '"gpt2-large"' in code[0]
+    session: dict = {}
+    for block in code:
+        exec(
+            compile(block.replace('"gpt2-large"', repr(assets.STORIES260K)), "README", "exec"),
+            session,
+        )
+    out = capsys.readouterr().out
+    assert "73.4% smaller" in out  # the receipt
+    assert "Once upon a time, there was" in out  # the generated text
+    assert re.search(r"KL divergence +mean [\d.]+e-0[3-9]", out)  # evaluate
+    assert (tmp_path / "my-int8-model" / "model.safetensors").stat().st_size < 400_000
+
+
+def test_readme_shows_the_receipt():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(assets.STORIES260K)
+    receipt = str(gpu_poor.quantize(model, verbose=False).gpu_poor_receipt)
+
+    def normal(text):
+        return re.sub(r"kernel \w+|in [\d.]+ s$", "*", text, flags=re.M).strip()
+
+    assert normal(blocks("text")[0]) == normal(receipt)
+
+
+def test_readme_is_short_and_has_the_tables():
+    assert len(README.splitlines()) < 200
+    for name in ("summary", "speed", "quality", "peers"):
+        assert re.search(rf"^<!-- results:{name} -->\n.*?^<!-- /results -->$", README, re.M | re.S)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_make_targets_exist(path):
+    makefile = (ROOT / "Makefile").read_text()
+    code = "\n".join(re.findall(r"`[^`]+`|^```.*?^```", path.read_text(), re.M | re.S))
+    for target in re.findall(r"\bmake ([a-z][a-z-]*)", code):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_files_named_exist(path):
+    pattern = r"`((?:csrc|gpu_poor|tests|benchmarks|examples|docs|notebooks)/[\w/.-]+)`"
+    for name in re.findall(pattern, path.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_operator_is_documented():
+    kernels = (ROOT / "docs" / "kernels.md").read_text()
+    names = torch._C._dispatch_get_all_op_names()
+    ours = {n.split("::")[1].split(".")[0] for n in names if n.startswith("gpu_poor::")}
+    assert ours
+    assert not {name for name in ours if f"`{name}`" not in kernels}
+
+
+def test_every_environment_variable_is_documented():
+    documents = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    sources = [*(ROOT / "gpu_poor").rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*")]
+    named = {v for p in sources for v in re.findall(r'"(GPU_POOR_[A-Z_]+)"', p.read_text())}
+    assert "GPU_POOR_ISA" in named
+    assert not {name for name in named if name not in documents}
+
+
+def test_every_instruction_set_is_in_the_readme():
+    choices = re.search(r"GPU_POOR_ISA=([\w|]+)", README)[1].split("|")
+    assert choices == re.findall(r"GP_IMPL\((\w+)\)", (ROOT / "csrc" / "impls.h").read_text())
+
+
+def test_every_public_name_has_a_docstring():
+    for name in gpu_poor.__all__:
+        assert name == "__version__" or getattr(gpu_poor, name).__doc__, name
+
+
+def test_the_reports_are_what_the_records_say():
+    if not (ROOT / "RESULTS.md").exists():
+        pytest.skip("no RESULTS.md yet")
+    from benchmarks import report
+
+    assert report.main(["--check"]) == 0
