@@ -1,8 +1,8 @@
 """Whole models through ``generate``: transformers fp32 and bf16 against gpu-poor int8.
 
-``python -m benchmarks.model [--shapes ...]``. Published shapes with random weights, batch 1: time to
-the first token of a prompt of 128 and 512 tokens, time per further token. Each contender in its own
-process, alternating; ratios within a round. Real models and text: benchmarks.quality.
+``python -m benchmarks.model [--shapes ...]``. Published shapes with random weights, batch 1: time
+to the first token of a prompt of 128 and 512 tokens, time per further token. Each contender in its
+own process, alternating; ratios within a round. Real models and text: benchmarks.quality.
 """
 
 import argparse

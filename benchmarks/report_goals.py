@@ -1,0 +1,152 @@
+"""The figures the project set itself, and what the JSON files say of each: met or missed.
+
+Each function takes a record (or None) and yields ``(goal, measured, met)``. The measured value is
+always the worst case over what the goal covers.
+"""
+
+from collections.abc import Iterator
+
+Goal = tuple[str, str, bool]
+
+
+def _worst(rows: list[dict], value, highest: bool = False) -> tuple[float, dict] | None:
+    scored = [(value(row), i) for i, row in enumerate(rows)]
+    if not scored:
+        return None
+    best = max(scored) if highest else min(scored)
+    return best[0], rows[best[1]]
+
+
+def at_least(text: str, rows: list[dict], value, limit: float, show, where) -> Iterator[Goal]:
+    """One goal that every row must reach."""
+    worst = _worst(rows, value)
+    if worst:
+        yield f"{text} ≥ {show(limit)}", f"{show(worst[0])} ({where(worst[1])})", worst[0] >= limit
+
+
+def at_most(text: str, rows: list[dict], value, limit: float, show, where) -> Iterator[Goal]:
+    """One goal that no row may exceed."""
+    worst = _worst(rows, value, highest=True)
+    if worst:
+        yield f"{text} ≤ {show(limit)}", f"{show(worst[0])} ({where(worst[1])})", worst[0] <= limit
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.1f} %"
+
+
+def times(x: float) -> str:
+    return f"{x:.2f}x"
+
+
+def kernels(record: dict | None) -> Iterator[Goal]:
+    if not record:
+        return
+    best = record["isa"]
+
+    def gemv(text, limit, isa, m, modes):
+        rows = [r for r in record["gemv"] if r["isa"] == isa and r["m"] == m and r["mode"] in modes]
+        return at_least(text, rows, lambda r: r["of_stream"]["median"], limit, percent,
+                        lambda r: f"{r['n']}x{r['k']} {r['mode']}")  # fmt: skip
+
+    yield from gemv("int8_linear M=1 a8, of the read stream", 0.92, best, 1, ("a8",))
+    yield from gemv("int8_linear M=1 a16, of the read stream", 0.90, best, 1, ("a16",))
+    yield from gemv("int8_linear M=1 on AVX2, of the read stream", 0.80, "avx2", 1, ("a8", "a16"))
+    yield from gemv("int8_linear M=16, of the read stream", 0.80, best, 16, ("a8", "a16"))
+
+    def gemm(text, limit, name, key, show=times):
+        rows = [r for r in record["gemm"] if r["name"] == name and key in r]
+        return at_least(text, rows, lambda r: r[key]["median"], limit, show,
+                        lambda r: f"{r['n']}x{r['k']}")  # fmt: skip
+
+    yield from gemm("M=512 a8, of the AMX peak", 0.50, f"a8 {best}", "of_amx_peak", percent)
+    yield from gemm("M=512 a8 over torch bf16", 2.5, f"a8 {best}", "speedup_bf16")
+    yield from gemm("M=512 a16 over torch bf16", 1.4, f"a16 {best}", "speedup_bf16")
+    yield from gemm("M=512 a8 without AMX over torch fp32", 3.0, "a8 avx512_vnni", "speedup_fp32")
+    gram = [r for r in record["others"] if "time_of_torch_mm" in r]
+    yield from at_most("gram_, time of torch.mm", gram, lambda r: r["time_of_torch_mm"]["median"],
+                       2.0, times, lambda r: r["shape"])  # fmt: skip
+
+
+def ours(record: dict, shapes: tuple[str, ...] | None = None) -> list[dict]:
+    """gpu-poor's rows with their shape, where they ran."""
+    return [
+        row | {"shape": shape}
+        for shape, result in record["shapes"].items()
+        if shapes is None or shape in shapes
+        for row in result["rows"]
+        if row["name"] == "gpu_poor_int8" and not row["error"]
+    ]
+
+
+def models(record: dict | None, peers: dict | None) -> Iterator[Goal]:
+    big = ("gpt2-large", "tinyllama-1.1b")
+
+    def speed(source, measurement, base, label, limit):
+        if not source:
+            return
+        rows = [r for r in ours(source, big) if measurement in r["speedup"].get(base, {})]
+        yield from at_least(
+            f"{measurement.replace('_', ' ')} over {label}", rows,
+            lambda r: r["speedup"][base][measurement]["median"], limit, times,
+            lambda r: r["shape"],
+        )  # fmt: skip
+
+    yield from speed(record, "decode", "torch_fp32", "transformers fp32", 2.3)
+    yield from speed(record, "decode", "torch_bf16", "transformers bf16", 2.0)
+    yield from speed(record, "prefill_128", "torch_fp32", "transformers fp32", 3.5)
+    yield from speed(record, "prefill_128", "torch_bf16", "transformers bf16", 1.4)
+    yield from speed(peers, "prefill_128", "llama_cpp:q8_0", "llama.cpp Q8_0", 1.6)
+    if record:
+        gpt2 = ours(record, ("distilgpt2", "gpt2", "gpt2-medium", "gpt2-large"))
+        yield from at_least("parameter bytes reduced, GPT-2 family", gpt2,
+                            lambda r: 1 - r["bytes"] / r["bytes_before"], 0.745, percent,
+                            lambda r: r["shape"])  # fmt: skip
+
+
+def memory(record: dict | None) -> Iterator[Goal]:
+    if not record:
+        return
+    rows = [row for row in record["rows"] if "of_bytes" in row]
+    yield from at_most("process above one without a model, of the model's bytes", rows,
+                       lambda r: r["of_bytes"], 1.05, percent,
+                       lambda r: f"{r['shape']} {r['how'].replace('_', ' ')}")  # fmt: skip
+    large = [r for r in rows if r["shape"] == "gpt2-large" and "quantize_s" in r]
+    yield from at_most("quantize() of GPT-2-large in memory", large, lambda r: r["quantize_s"],
+                       4.0, lambda x: f"{x:.1f} s", lambda r: "seconds, float32")  # fmt: skip
+    streamed = [row for row in record["streamed"] if "peak_of_goal" in row]
+    yield from at_most("peak while loading, of 1.10 x the model + largest tensor", streamed,
+                       lambda r: r["peak_of_goal"], 1.0, percent, lambda r: r["shape"])  # fmt: skip
+    big = record.get("big")
+    if big:
+        goal = (f"{big['shape']}, {big['checkpoint_bytes'] / 1e9:.1f} GB checkpoint, quantized and "
+                f"used within {big['limit_bytes'] / 1e9:.1f} GB")  # fmt: skip
+        done = f"works ({big['limit']}, {len(big.get('tokens', []))} tokens)"
+        yield goal, big.get("error") or done, "error" not in big
+
+
+def quality(record: dict | None) -> Iterator[Goal]:
+    if not record:
+        return
+    rows = [row["quality"] | row for row in record["rows"]]
+    plain = [row for row in rows if row["variant"] == "plain" and row["mode"] == "a16"]
+    name = lambda r: r["model"]  # noqa: E731
+    yield from at_most("mean KL, a16, every model", plain, lambda r: r["kl_mean"], 7e-4,
+                       "{:.1e}".format, name)  # fmt: skip
+    yield from at_most("perplexity ratio", plain, lambda r: r["perplexity_ratio"], 1.003,
+                       "{:.4f}".format, name)  # fmt: skip
+    yield from at_least("top-1 agreement", plain, lambda r: r["top1"], 0.975, percent, name)
+    exact = {(r["model"], r["variant"]): r["kl_mean"] for r in rows if r["mode"] == "a32"}
+    close = [r for r in rows if r["mode"] == "a16"]
+    yield from at_most("mean KL of a16 away from a32, outlier variants included", close,
+                       lambda r: abs(r["kl_mean"] - exact[r["model"], r["variant"]]), 1e-5,
+                       "{:.1e}".format, lambda r: f"{r['model']} {r['variant']}")  # fmt: skip
+
+
+def all_goals(records: dict[str, dict | None]) -> list[Goal]:
+    return [
+        *kernels(records["kernels"]),
+        *models(records["model"], records["peers"]),
+        *memory(records["memory"]),
+        *quality(records["quality"]),
+    ]

@@ -1,0 +1,304 @@
+"""Tables of RESULTS.md and the README: each function turns one JSON record into markdown."""
+
+from benchmarks.report_goals import ours, percent, times
+
+NOT_YET = "Not measured yet.\n"
+NAMES = {
+    "distilgpt2": "DistilGPT-2", "gpt2": "GPT-2 124M", "gpt2-medium": "GPT-2 medium",
+    "gpt2-large": "GPT-2 large", "tinyllama-1.1b": "TinyLlama 1.1B", "llama-7b": "Llama 7B",
+}  # fmt: skip
+
+
+def table(headings: list[str], rows: list[list]) -> str:
+    """A markdown table; columns of numbers to the right. None becomes an empty cell."""
+    cells = [["" if c is None else str(c) for c in row] for row in rows]
+    numbers = [all(r[i][:1].isdigit() or not r[i] for r in cells) for i in range(len(headings))]
+    lines = ["| " + " | ".join(headings) + " |"]
+    lines += ["|" + "|".join("--:" if right else "---" for right in numbers) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join(lines) + "\n"
+
+
+def mb(n_bytes: float | None) -> str | None:
+    return (
+        None
+        if n_bytes is None
+        else f"{n_bytes / 1e6:.0f}"
+        if n_bytes > 2e7
+        else f"{n_bytes / 1e6:.2f}"
+    )
+
+
+def ms(summary: dict | None) -> str | None:
+    if summary is None:
+        return None
+    median, iqr = 1e3 * summary["median"], 1e3 * summary["iqr"]
+    return f"{median:.1f} ± {iqr / 2:.1f}" if median < 1000 else f"{median:.0f} ± {iqr / 2:.0f}"
+
+
+def named(shape: str) -> str:
+    return NAMES.get(shape, shape)
+
+
+def speedup(row: dict, base: str, measurement: str) -> str | None:
+    summary = row["speedup"].get(base, {}).get(measurement)
+    return None if summary is None else times(summary["median"])
+
+
+# -- model.json --------------------------------------------------------------------------------
+
+
+def summary(record: dict | None) -> str:
+    """One row a model: what a user gets."""
+    if not record:
+        return NOT_YET
+    rows = []
+    for row in ours(record):
+        rows.append([
+            named(row["shape"]), mb(row["bytes_before"]), mb(row["bytes"]),
+            percent(1 - row["bytes"] / row["bytes_before"]),
+            speedup(row, "torch_fp32", "decode"), speedup(row, "torch_bf16", "decode"),
+            speedup(row, "torch_fp32", "prefill_128"), speedup(row, "torch_bf16", "prefill_128"),
+        ])  # fmt: skip
+    return table(["model shape", "fp32 MB", "int8 MB", "smaller", "decode, x fp32", "x bf16",
+                  "prefill 128, x fp32", "x bf16"], rows)  # fmt: skip
+
+
+def speed(record: dict | None) -> str:
+    """Times of every contender on every shape."""
+    if not record:
+        return NOT_YET
+    rows = []
+    for shape, result in record["shapes"].items():
+        for row in result["rows"]:
+            t = row["seconds"]
+            rows.append([
+                named(shape), row["label"], mb(row.get("bytes")),
+                *(ms(t.get(k)) for k in ("decode", "prefill_128", "prefill_512")),
+                speedup(row, "torch_fp32", "decode"), row["error"] or None,
+            ])  # fmt: skip
+    if not any(row[-1] for row in rows):
+        rows = [row[:-1] for row in rows]
+    headings = ["model shape", "", "MB", "decode, ms/token", "prefill 128, ms", "prefill 512, ms",
+                "decode, x fp32", "failure"]  # fmt: skip
+    return table(headings[: len(rows[0])] if rows else headings, rows)
+
+
+def runs(record: dict | None) -> str:
+    """Every single round, so that the spread can be seen."""
+    if not record:
+        return NOT_YET
+    rows = [
+        [named(shape), row["label"], " ".join(f"{1e3 * s:.1f}" for s in row["samples"]["decode"]),
+         " ".join(f"{1e3 * s:.0f}" for s in row["samples"].get("prefill_128", []))]
+        for shape, result in record["shapes"].items()
+        for row in result["rows"]
+        if row["samples"].get("decode")
+    ]  # fmt: skip
+    return table(["model shape", "", "decode ms/token, each round", "prefill 128 ms, each round"],
+                 rows)  # fmt: skip
+
+
+def layer_decisions(record: dict | None) -> str:
+    """What became of every tensor, one row a group of layers."""
+    if not record:
+        return NOT_YET
+    parts = []
+    for row in ours(record):
+        groups = (row.get("details") or {}).get("layers", [])
+        rows = [
+            [f"`{g['name']}`", g["count"], "x".join(map(str, g["shape"])), g["module"],
+             "shared with the embedding" if g["shared"] else "int8" if g["int8"] and
+             g["dtype"] == "int8" else f"{g['dtype']}{' scale' if g['int8'] else ', kept'}",
+             mb(g["bytes"])]
+            for g in groups
+        ]  # fmt: skip
+        counts = row["details"]["receipt"]["modules"] if row.get("details") else {}
+        found = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+        headings = ["tensor", "layers", "shape", "module", "stored as", "MB"]
+        parts.append(f"**{named(row['shape'])}** ({found})\n\n" + table(headings, rows))
+    return "\n".join(parts)
+
+
+def components(record: dict | None) -> str:
+    """Bytes by class, before and after."""
+    if not record:
+        return NOT_YET
+    rows = []
+    for row in ours(record):
+        receipt = (row.get("details") or {}).get("receipt")
+        if not receipt:
+            continue
+        for name, before in receipt["before"].items():
+            if before:
+                after = receipt["after"][name]
+                rows.append(
+                    [named(row["shape"]), name, mb(before), mb(after), percent(1 - after / before)]
+                )
+    return table(["model shape", "component", "fp32 MB", "int8 MB", "smaller"], rows)
+
+
+def overhead(record: dict | None, stream_gb_s: float | None) -> str:
+    """A decode step split: reading the weights at stream speed, the matrix modules, the rest."""
+    if not record or not stream_gb_s:
+        return NOT_YET
+    rows = []
+    for shape, result in record["shapes"].items():
+        for row in result["rows"]:
+            if row["error"] or not row.get("linears_s"):
+                continue
+            step = row["seconds"]["decode"]["median"]
+            read = row["bytes"] / stream_gb_s / 1e9
+            rest = step - row["linears_s"]
+            rows.append(
+                [
+                    named(shape),
+                    row["label"],
+                    f"{1e3 * step:.1f}",
+                    f"{1e3 * read:.1f}",
+                    f"{1e3 * row['linears_s']:.1f}",
+                    f"{1e3 * rest:.1f}",
+                    percent(rest / step),
+                ]
+            )
+    return table(["model shape", "", "decode, ms", "all weights once at stream speed, ms",
+                  "matrix modules alone, ms", "the rest, ms", "its share"], rows)  # fmt: skip
+
+
+# -- kernels.json, machine.json ------------------------------------------------------------------
+
+
+def machine(record: dict | None) -> str:
+    if not record:
+        return NOT_YET
+    rows = [
+        [r["threads"], f"{r['read_gb_s']:.1f}", r["loop"], f"{r['huge_pages_read_gb_s']:.1f}",
+         *(f"{r[k]:.2f}" if r[k] else "absent" for k in ("vnni_tops", "amx_tops"))]
+        for r in record["rows"]
+    ]  # fmt: skip
+    return table(["threads", "read stream, GB/s", "its loop", "with huge pages, GB/s",
+                  "VNNI peak, TOPS", "AMX peak, TOPS"], rows)  # fmt: skip
+
+
+def gemv(record: dict | None) -> str:
+    if not record:
+        return NOT_YET
+    rows = [
+        [f"{r['n']}x{r['k']}", r["m"], r["mode"], r["isa"], f"{1e6 * r['seconds']['median']:.0f}",
+         f"{r['gb_s']:.1f}", f"{r['stream_gb_s']:.1f}", percent(r["of_stream"]["median"]),
+         f"{r['relative_error']:.1e}"]
+        for r in record["gemv"]
+    ]  # fmt: skip
+    return table(["N x K", "M", "mode", "up to", "µs", "GB/s", "stream, GB/s", "of the stream",
+                  "relative error"], rows)  # fmt: skip
+
+
+def gemm(record: dict | None) -> str:
+    if not record:
+        return NOT_YET
+    rows = [
+        [f"{r['n']}x{r['k']}", r["name"], f"{1e3 * r['seconds']['median']:.2f}", f"{r['tops']:.2f}",
+         percent(r["of_amx_peak"]["median"]) if "of_amx_peak" in r else None,
+         times(r["speedup_fp32"]["median"]), times(r["speedup_bf16"]["median"])]
+        for r in record["gemm"]
+    ]  # fmt: skip
+    return table(["N x K", "M = 512", "ms", "TOPS", "of the AMX peak", "x torch fp32",
+                  "x torch bf16"], rows)  # fmt: skip
+
+
+def others(record: dict | None) -> str:
+    if not record:
+        return NOT_YET
+    rows = [
+        [r["name"], r["shape"], f"{1e6 * r['seconds']['median']:.0f}", f"{r['gb_s']:.1f}",
+         times(r["time_of_torch_mm"]["median"]) if "time_of_torch_mm" in r else None]
+        for r in record["others"]
+    ]  # fmt: skip
+    return table(["operator", "shape", "µs", "GB/s read and written", "time of torch.mm"], rows)
+
+
+# -- memory.json -------------------------------------------------------------------------------
+
+
+def memory(record: dict | None) -> str:
+    if not record:
+        return NOT_YET
+    rows = [
+        [named(r["shape"]), {"in_memory": "quantized in memory", "saved": "loaded from int8 files",
+                             "streamed": "quantized while loading bf16"}[r["how"]]
+         + (f", may have {r['limit_bytes'] / 1e9:.1f} GB" if r.get("limit_bytes") else ""),
+         mb(r.get("bytes")), r.get("error") or mb(r["above"]),
+         percent(r["of_bytes"]) if "of_bytes" in r else None,
+         mb(r.get("peak_total")), f"{r.get('quantize_s', r.get('load_s', 0)):.1f}"]
+        for r in (*record["rows"], *record["streamed"], *filter(None, [record.get("big")]))
+    ]  # fmt: skip
+    return table(["model shape", "how", "model MB", "process above one without it, MB",
+                  "of the model", "peak while loading, MB", "seconds"], rows)  # fmt: skip
+
+
+# -- quality.json ------------------------------------------------------------------------------
+
+
+def quality(record: dict | None, variants: tuple[str, ...] = ("plain",), modes=("a16",)) -> str:
+    if not record:
+        return NOT_YET
+    rows = []
+    for row in record["rows"]:
+        if row["variant"] not in variants or row["mode"] not in modes:
+            continue
+        q = row["quality"]
+        name = row["model"] + (" with outliers" if row["variant"] == "outliers" else "")
+        rows.append([
+            name, row["mode"], f"{q['kl_mean']:.2e} ± {q['kl_mean_se']:.0e}", f"{q['kl_p99']:.1e}",
+            f"{q['perplexity_ratio']:.4f} ± {q['perplexity_ratio_se']:.4f}",
+            f"{100 * q['top1']:.2f} ± {100 * q['top1_se']:.2f} %",
+        ])  # fmt: skip
+    return table(["model", "mode", "mean KL, nats", "KL p99", "perplexity ratio",
+                  "same next token"], rows)  # fmt: skip
+
+
+def samples(record: dict | None) -> str:
+    if not record:
+        return NOT_YET
+    parts = []
+    for row in record["rows"]:
+        if "sample" in row:
+            s = {k: v.strip().replace("\n", " ⏎ ") for k, v in row["sample"].items()}
+            same = "the same" if s["float"] == s["int8"] else "different"
+            parts.append(f"**{row['model']}** after `…{s['prompt'][-60:]}` ({same} words)\n\n"
+                         f"- float: {s['float']}\n- int8: {s['int8']}\n")  # fmt: skip
+    return "\n".join(parts)
+
+
+# -- peers.json --------------------------------------------------------------------------------
+
+
+def peers(record: dict | None, shapes: tuple[str, ...] | None = None) -> str:
+    if not record:
+        return NOT_YET
+    rows = []
+    for shape, result in record["shapes"].items():
+        if shapes is not None and shape not in shapes:
+            continue
+        for row in result["rows"]:
+            t = row["seconds"]
+            rows.append([
+                named(shape), row["label"], mb(row.get("bytes")),
+                *(ms(t.get(k)) for k in ("decode", "prefill_128", "prefill_512")),
+                speedup(row, "torch_fp32", "decode"), speedup(row, "torch_fp32", "prefill_128"),
+                f"fails: {row['error']}" if row["error"] else row.get("note"),
+            ])  # fmt: skip
+    return table(["model shape", "", "MB", "decode, ms/token", "prefill 128, ms", "prefill 512, ms",
+                  "decode, x fp32", "prefill 128, x fp32", "remark"], rows)  # fmt: skip
+
+
+def peer_notes(record: dict | None) -> str:
+    if not record:
+        return ""
+    notes = {}
+    for result in record["shapes"].values():
+        for row in result["rows"]:
+            if row["peer_note"]:
+                versions = ", ".join(row["requirements"]) or "in torch"
+                notes[row["label"]] = f"- {row['label']} ({versions}): {row['peer_note']}.\n"
+    return "".join(notes.values())
