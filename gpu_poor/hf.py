@@ -12,6 +12,7 @@ or executed. Before a weight is loaded the headers of the files are checked agai
 """
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -154,6 +155,8 @@ class GpuPoorQuantizer(HfQuantizer):
         swap_skeleton(model, targets, config)
         if self.pre_quantized and checkpoint_files is not None:
             check_files(model, checkpoint_files)
+        else:
+            read_headers(f for f in checkpoint_files or () if str(f).endswith(".safetensors"))
         return model
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
@@ -212,6 +215,7 @@ class GpuPoorQuantizer(HfQuantizer):
         try:
             if self._errors:
                 raise self._errors[0]
+            check_complete(model, scales=self.pre_quantized)
             self._restore_shared_scales(model)
             check_loaded(model)
         finally:
@@ -376,7 +380,7 @@ def check_files(model: nn.Module, files: list[str]) -> None:
                     )
 
 
-def read_headers(files: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_headers(files: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """``{tensor name: (dtype, shape)}`` of safetensors files, without reading their data."""
     header = {}
     for file in files:
@@ -392,8 +396,29 @@ def read_headers(files: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return header
 
 
+def check_complete(model: nn.Module, scales: bool) -> None:
+    """Check that transformers has loaded every int8 weight (and scale) and filled in none.
+
+    It marks the tensors that it has loaded. If it marks none, this check cannot tell.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    found = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            for name in module.weight_names:
+                found[f"{module_name}.{name}"] = getattr(module, name)
+                scale = f"{name}_scale"
+                if scales and scale not in module._non_persistent_buffers_set:
+                    found[f"{module_name}.{scale}"] = getattr(module, scale)
+    marked = {name for name, tensor in found.items() if hasattr(tensor, "_is_hf_initialized")}
+    if marked and (lacking := sorted(set(found) - marked)):
+        raise ValueError(f"{lacking[0]} was not in the checkpoint")
+
+
 def check_loaded(model: nn.Module) -> None:
-    """Check the data of a loaded model: every tensor came from the file and is sane.
+    """Check the data of a loaded model.
 
     Raises:
         ValueError: naming the tensor.
@@ -404,10 +429,8 @@ def check_loaded(model: nn.Module) -> None:
         for name in module.weight_names:
             weight, scale = getattr(module, name), getattr(module, f"{name}_scale")
             full = f"{module_name}.{name}"
-            # transformers marks what it has loaded, and fills in what it has not.
-            loaded = getattr(weight, "_is_hf_initialized", True)
-            if not loaded or weight.dtype != torch.int8 or weight.device.type == "meta":
-                raise ValueError(f"{full} was not in the checkpoint as int8")
+            if weight.dtype != torch.int8 or weight.device.type == "meta":
+                raise ValueError(f"{full} is {weight.dtype} on {weight.device}, expected int8")
             if scale.dtype != torch.float32 or scale.shape != weight.shape[:-1]:
                 raise ValueError(f"{full}_scale is {scale.dtype} {tuple(scale.shape)}")
             if not bool((scale >= 0).all()) or not bool(torch.isfinite(scale).all()):

@@ -12,7 +12,7 @@ from gpu_poor.nn import KINDS, QuantizedModule, kind_of
 #: The least fraction of the bytes that must go, by the itemsize of the float weights: int8 takes
 #: 75 % of float32 and 50 % of 16 bit minus the scales; a model that keeps more than this in float
 #: is not what "quantized" promises.
-LEAST_REDUCTION = {4: 0.70, 2: 0.40}
+LEAST_REDUCTION = {8: 0.70, 4: 0.70, 2: 0.40}
 
 #: The reason that needs no explanation: norms and the like.
 NO_MATRIX = "vectors, no matrix"

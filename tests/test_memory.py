@@ -1,0 +1,108 @@
+"""memory: bytes counted once, by class; resident pages; giving back."""
+
+import sys
+
+import pytest
+import torch
+from conftest import make_model
+from torch import nn
+
+from gpu_poor import memory, quantize
+
+
+def test_parameter_bytes_counts_shared_memory_once():
+    linear = nn.Linear(10, 20)
+    model = nn.Sequential(linear, nn.Linear(20, 10, bias=False), linear)
+    assert memory.parameter_bytes(model) == 4 * (200 + 20 + 200)
+    tied = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 30, bias=False))
+    tied[1].weight = tied[0].weight
+    assert memory.parameter_bytes(tied) == 4 * 240
+    tied[1].weight = nn.Parameter(tied[0].weight.detach())  # another object, the same memory
+    assert memory.parameter_bytes(tied) == 4 * 240
+    tied[1].weight = nn.Parameter(tied[0].weight.detach().clone())
+    assert memory.parameter_bytes(tied) == 8 * 240
+
+
+def test_parameter_bytes_counts_dtypes_and_persistent_buffers():
+    model = nn.Module()
+    model.a = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    model.b = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    model.register_buffer("c", torch.zeros(3))
+    model.register_buffer("d", torch.zeros(100), persistent=False)
+    model.register_parameter("e", None)
+    assert memory.parameter_bytes(model) == 3 + 6 + 12
+
+
+def test_parameter_bytes_on_the_meta_device():
+    assert memory.parameter_bytes(nn.Linear(10, 20, device="meta")) == 4 * 220
+
+
+def test_views_of_one_storage_are_not_one_tensor():
+    """safetensors maps a whole file as one storage."""
+    storage = torch.zeros(100)
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(storage[:50]), nn.Parameter(storage[50:])
+    assert memory.parameter_bytes(model) == 400
+
+
+def test_by_class_adds_up(model_name):
+    model = make_model(model_name)
+    before = memory.by_class(model)
+    assert list(before) == list(memory.CLASSES)
+    assert sum(before.values()) == memory.parameter_bytes(model)
+    quantize(model, verbose=False)
+    after = memory.by_class(model)
+    assert sum(after.values()) == memory.parameter_bytes(model)
+    assert memory.by_class(model, as_float=torch.float32) == before
+    for name in memory.CLASSES:
+        assert (before[name] > 0) == (after[name] > 0)
+    assert after["other"] == before["other"]
+
+
+def test_by_class_of_a_tied_model():
+    model = make_model("llama-tied")
+    assert memory.by_class(model)["shared lm_head"] == 4 * 384 * 128
+    assert memory.by_class(model)["embedding"] == 0
+    untied = memory.by_class(make_model("llama"))
+    assert untied["shared lm_head"] == 0 and untied["embedding"] == 4 * 384 * 128
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_rss_sees_an_allocation_and_its_end():
+    before = memory.rss()
+    block = torch.ones(32 * 2**20 // 4)
+    during = memory.rss()
+    assert 30e6 < during["anon"] - before["anon"] < 40e6
+    assert during["peak"] >= during["anon"]
+    del block
+    memory.trim()
+    assert abs(memory.rss()["anon"] - before["anon"]) < 4e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_rss_tells_file_pages_from_heap(tmp_path):
+    file = tmp_path / "data"
+    file.write_bytes(bytes(16 * 2**20))
+    before = memory.rss()
+    mapped = torch.from_file(str(file), shared=True, size=16 * 2**18)
+    assert mapped.sum() == 0
+    after = memory.rss()
+    assert after["file"] - before["file"] > 15e6 or after["anon"] - before["anon"] < 2e6
+    assert after["anon"] - before["anon"] < 4e6
+
+
+def test_trim_gives_back_small_blocks():
+    """Blocks below malloc's mmap threshold stay in the heap until trimmed."""
+    blocks = [bytearray(60_000) for _ in range(1000)]
+    keep = bytearray(60_000)  # on top of the heap, so that free alone cannot shrink it
+    full = memory.rss()["anon"]
+    del blocks
+    held = memory.rss()["anon"]
+    assert isinstance(memory.trim(), bool)
+    assert memory.rss()["anon"] < full - 40e6 or held < full - 40e6
+    assert len(keep) == 60_000
+
+
+def test_trim_without_glibc(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert memory.trim() is False

@@ -1,0 +1,400 @@
+"""quantize(): patterns, ties, all or nothing, refusals, the receipt."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import MODELS, logits, make_model
+from torch import nn
+
+import gpu_poor
+from gpu_poor import memory, quantize
+from gpu_poor.nn import QuantizedLinear, QuantizedModule, kind_of
+
+NAN, INF = float("nan"), float("inf")
+
+
+def int8_names(model):
+    return {n for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
+
+
+def mlp(*extra):
+    """A model without transformers: matrices far larger than norms and biases."""
+    return nn.Sequential(
+        nn.Linear(96, 200), nn.GELU(), nn.LayerNorm(200), nn.Linear(200, 96), *extra
+    )
+
+
+def snapshot(model):
+    """Everything that "left as it was" means: modules by identity, tensors by value."""
+    modules = {n: id(m) for n, m in model.named_modules(remove_duplicate=False)}
+    tensors = {n: (id(p), p.detach().clone()) for n, p in model.named_parameters()}
+    return modules, tensors
+
+
+def assert_untouched(model, before):
+    modules, tensors = snapshot(model)
+    assert modules == before[0]
+    assert tensors.keys() == before[1].keys()
+    for name, (key, value) in tensors.items():
+        assert key == before[1][name][0]
+        assert torch.equal(value.nan_to_num(7.0), before[1][name][1].nan_to_num(7.0))
+    assert not hasattr(model, "gpu_poor_receipt")
+    assert not hasattr(model, "hf_quantizer")
+
+
+# -- what is quantized -------------------------------------------------------------------------
+
+
+def test_every_architecture_shrinks_and_answers_alike(model_name):
+    model = make_model(model_name)
+    expected, before = logits(model), memory.parameter_bytes(model)
+    assert quantize(model, verbose=False) is model
+    receipt = gpu_poor.receipt(model)
+    assert receipt.bytes_before == before
+    assert receipt.bytes_after == memory.parameter_bytes(model)
+    assert receipt.bytes_after <= 0.30 * before
+    # int8 rows err by 1/254 of the row's largest weight; random logits are sums of many such.
+    error = (logits(model) - expected).norm() / expected.norm()
+    assert 0 < error < 0.05
+
+
+def test_tied_weight_is_stored_once():
+    model = quantize(make_model("llama-tied"), verbose=False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight_scale is model.model.embed_tokens.weight_scale
+    assert "lm_head.weight_scale" not in model.state_dict()
+    shared = gpu_poor.receipt(model).after["shared lm_head"]
+    assert shared == 384 * 128 + 4 * 384
+
+
+def test_a_module_used_twice_is_quantized_once():
+    block = nn.Linear(128, 128)
+    model = nn.ModuleDict({"a": block, "b": nn.Sequential(block)})
+    quantize(model, verbose=False)
+    assert isinstance(model["a"], QuantizedLinear) and model["a"] is model["b"][0]
+
+
+def test_without_transformers():
+    code = (
+        "import sys, torch, gpu_poor\n"
+        "from torch import nn\n"
+        "sys.modules['transformers'] = None\n"
+        "model = gpu_poor.quantize(nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128)))\n"
+        "assert model(torch.randn(2, 128)).shape == (2, 128)\n"
+        "try:\n"
+        "    gpu_poor.GpuPoorConfig\n"
+        "except ImportError:\n"
+        "    pass\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_takes_neither_transformers_nor_more_than_the_dependencies():
+    code = (
+        "import sys, torch, tqdm, safetensors\n"
+        "before = set(sys.modules)\n"
+        "import gpu_poor\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "assert not new & {'transformers', 'accelerate', 'numpy', 'matplotlib', 'peft'}, new\n"
+        "assert set(gpu_poor.__all__) <= set(dir(gpu_poor))\n"
+        "for name in gpu_poor.__all__:\n"
+        "    getattr(gpu_poor, name)\n"
+        "assert callable(gpu_poor.quantize) and callable(gpu_poor.receipt)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("first", ["gpu_poor", "transformers.quantizers.auto"])
+def test_registers_in_either_order(first):
+    code = (
+        f"import {first}\nimport gpu_poor, transformers.quantizers.auto as auto\n"
+        "assert 'gpu-poor' in auto.AUTO_QUANTIZER_MAPPING\n"
+        "assert 'gpu-poor' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# -- patterns ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"include": "*.mlp.*"}, lambda n: ".mlp." in n),
+        ({"include": "model.layers.0"}, lambda n: "layers.0." in n),
+        ({"include": ["lm_head", "*.q_proj"]}, lambda n: n == "lm_head" or "q_proj" in n),
+        ({"exclude": "lm_head"}, lambda n: n != "lm_head"),
+        ({"exclude": ["*.mlp", "lm_head"]}, lambda n: ".mlp." not in n and n != "lm_head"),
+        ({"include": "*.mlp.*", "exclude": "*.up_proj"}, lambda n: ".mlp." in n and "up" not in n),
+        ({"critical_layers": "first"}, lambda n: "layers.0." not in n),
+        ({"critical_layers": ["model.layers.1.mlp"]}, lambda n: "layers.1.mlp" not in n),
+        ({}, lambda n: True),
+    ],
+)
+def test_patterns_choose_modules(options, expected):
+    model = make_model("llama")
+    every = {n for n, m in model.named_modules() if kind_of(m)}
+    quantize(model, allow_partial=True, verbose=False, **options)
+    assert int8_names(model) == {n for n in every if expected(n)}
+    kept = {n: m for n, m in model.named_modules() if n in every - int8_names(model)}
+    assert all(m.weight.dtype == torch.float32 for m in kept.values())
+
+
+@pytest.mark.parametrize("option", ["include", "exclude", "critical_layers"])
+def test_a_pattern_that_matches_nothing_is_an_error(option):
+    model = make_model("llama")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"{option}: the pattern 'lm_haed' matches no module"):
+        quantize(model, **{option: ["lm_haed"]}, verbose=False)
+    assert_untouched(model, before)
+
+
+def test_one_side_of_a_tie_keeps_both():
+    model = make_model("llama-tied")
+    quantize(model, exclude="lm_head", allow_partial=True, verbose=False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.float32
+    reasons = {kept.reason for kept in gpu_poor.receipt(model).kept}
+    assert "tied to lm_head, which stays in float" in reasons
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 16, 0, None, "8", True, 8.5])
+def test_bits(bits):
+    with pytest.raises(ValueError, match="bits must be 8"):
+        quantize(mlp(), bits)
+
+
+def test_activation():
+    with pytest.raises(ValueError, match="activation must be one of a8, a16, a32, got 'int8'"):
+        quantize(mlp(), activation="int8")
+
+
+def test_not_a_module():
+    with pytest.raises(TypeError, match="torch.nn.Module, got str"):
+        quantize("gpt2")
+
+
+def test_a_bare_layer_cannot_be_replaced_in_place():
+    with pytest.raises(ValueError, match="Sequential"):
+        quantize(nn.Linear(128, 128))
+
+
+def test_quantized_twice():
+    model = quantize(make_model("llama"), verbose=False)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="already quantized by gpu_poor"):
+        quantize(model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_quantized_by_another_library():
+    model = mlp()
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="already quantized"):
+        quantize(model)
+
+
+def test_meta_device():
+    with pytest.raises(ValueError, match=r"0\.weight is on the meta device"):
+        quantize(mlp().to("meta"))
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["0.weight", "3.weight", "3.bias", "2.weight"])
+def test_non_finite_parameter_is_named(name, value, dtype, isa):
+    model = mlp().to(dtype)
+    parameter = model.get_parameter(name)
+    with torch.no_grad():
+        parameter.view(-1)[-1] = value
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"^{name} is not finite"):
+        quantize(model, verbose=False)
+    assert_untouched(model, before)
+
+
+def test_non_finite_expert_is_named():
+    model = make_model("mixtral")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3, 5, 7] = INF
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts.down_proj is not finite"):
+        quantize(model, verbose=False)
+    assert_untouched(model, before)
+
+
+class Unknown(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("extra", "blame"),
+    [
+        (Unknown(96, 400), "1 x Unknown (0.16 MB, e.g. 4): gpu_poor knows no int8 form"),
+        (nn.Conv1d(96, 200, 3), "Conv1d"),
+        (nn.LSTM(96, 64), "LSTM"),
+        (nn.Linear(96, 400).double(), "its weight is float64"),
+        (nn.Embedding(500, 96, max_norm=1.0), "max_norm"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(96, 400)), "ParametrizationList"),
+    ],
+)
+def test_too_little_is_an_error_that_names_what_stays(extra, blame, capsys):
+    model = mlp(extra)
+    before = snapshot(model)
+    with pytest.raises(ValueError) as error:
+        quantize(model)
+    assert blame in str(error.value)
+    assert "allow_partial=True" in str(error.value)
+    assert_untouched(model, before)
+    assert not capsys.readouterr().out
+    quantize(model, allow_partial=True)
+    assert int8_names(model) == {"0", "3"}
+    assert blame in capsys.readouterr().out  # the receipt says so too
+
+
+def test_excluding_too_much_is_an_error():
+    with pytest.raises(ValueError, match="excluded"):
+        quantize(make_model("llama"), exclude="*.mlp", verbose=False)
+
+
+def test_16_bit_models_must_shrink_by_40_percent():
+    model = mlp().bfloat16()
+    before = memory.parameter_bytes(model)
+    assert 0.40 < 1 - memory.parameter_bytes(quantize(model, verbose=False)) / before < 0.5
+    with pytest.raises(ValueError, match="at least 40% is expected"):
+        quantize(mlp(Unknown(96, 400)).half(), verbose=False)
+
+
+def test_a_narrow_model_is_told_so():
+    with pytest.raises(ValueError, match="so narrow"):
+        quantize(nn.Sequential(nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_nothing_to_quantize_is_an_error(partial):
+    with pytest.raises(ValueError, match="only 0.0% smaller"):
+        quantize(nn.Sequential(nn.LayerNorm(8)), allow_partial=partial)
+
+
+# -- what stays as it was ------------------------------------------------------------------------
+
+
+def test_hooks_and_training_flag_survive():
+    model = mlp().train()
+    calls = []
+    model[0].register_forward_hook(lambda *args: calls.append("hook"))
+    model[3].register_forward_pre_hook(lambda *args, **kw: calls.append("pre"), with_kwargs=True)
+    quantize(model, verbose=False)
+    model(torch.randn(1, 96))
+    assert calls == ["hook", "pre"]
+    assert model[0].training
+
+
+def test_biases_stay_the_same_parameters():
+    model = mlp()
+    bias = model[0].bias
+    quantize(model, verbose=False)
+    assert model[0].bias is bias
+
+
+def test_float_weights_are_freed():
+    import gc
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        model = mlp()
+        gone = weakref.ref(model[0])
+        quantize(model, verbose=False)
+        assert gone() is None  # without the cycle collector: no cycle holds the float model
+    finally:
+        gc.enable()
+
+
+def test_deleting_the_model_frees_it():
+    import gc
+    import weakref
+
+    model = quantize(make_model("gpt2"), verbose=False)
+    gone = weakref.ref(model.lm_head.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_dequantize_restores_a_plain_model():
+    model = mlp()
+    weights = model[0].weight.detach().clone()
+    quantize(model, verbose=False)
+    scale = model[0].weight_scale
+    gpu_poor.dequantize(model)
+    assert type(model[0]) is nn.Linear and not hasattr(model, "gpu_poor_receipt")
+    assert ((model[0].weight - weights).abs() <= 0.505 * scale[:, None]).all()
+    again = model[0].weight.detach().clone()
+    quantize(model, verbose=False)
+    # Quantizing what int8 can say exactly gives it back, within float rounding.
+    assert torch.allclose(model[0].dequantize(), again, rtol=1e-6, atol=0)
+
+
+# -- the receipt -------------------------------------------------------------------------------
+
+
+def test_receipt_is_printed_once_and_is_complete(capsys):
+    model = quantize(make_model("mixtral"))
+    out = capsys.readouterr().out
+    receipt = gpu_poor.receipt(model)
+    assert out == f"{receipt}\n"
+    for word in ("MixtralForCausalLM", "int8", "a16", receipt.kernel, "experts", "smaller"):
+        assert word in out
+    assert receipt.kernel == gpu_poor.isa.kernels()["int8_linear"]
+    assert receipt.modules["experts"] == 2
+    assert any("Router" in kept.module_class for kept in receipt.kept)
+    data = json.loads(json.dumps(receipt.to_dict()))
+    assert data["bytes_after"] == memory.parameter_bytes(model)
+    assert data["reduction"] == 1 - data["bytes_after"] / data["bytes_before"]
+    quantize(make_model("llama"), verbose=False)
+    assert not capsys.readouterr().out
+
+
+def test_receipt_kernel_follows_the_isa(isa):
+    model = quantize(mlp(), verbose=False)
+    assert gpu_poor.receipt(model).kernel == gpu_poor.isa.kernels()["int8_linear"]
+    if isa in ("torch", "ref"):
+        assert gpu_poor.receipt(model).kernel == isa
+
+
+def test_receipt_of_a_float_model_is_an_error():
+    with pytest.raises(ValueError, match="not quantized"):
+        gpu_poor.receipt(mlp())
+
+
+def test_progress_bar(capsys, monkeypatch):
+    # By sys.modules: the package's attribute of this name is the function.
+    monkeypatch.setattr(sys.modules["gpu_poor.quantize"], "PROGRESS_DELAY_S", 0)
+    quantize(mlp(), progress=True, verbose=False)
+    assert "int8" in capsys.readouterr().err
+    quantize(mlp(), progress=False, verbose=False)
+    assert not capsys.readouterr().err
+
+
+def test_models_list_is_the_promise():
+    """The architectures that the round trip is promised for."""
+    promised = "gpt2 llama llama-tied qwen3 qwen3-moe mixtral opt gpt-neox gemma2 phi3 falcon"
+    assert set(promised.split()) | {"bloom", "bert"} <= set(MODELS)
