@@ -30,6 +30,15 @@ LIMIT_BYTES = int(9.5e9)
 SHARD_BYTES = 1_000_000_000
 
 
+def forget(path: Path) -> None:
+    """Drop a file from the page cache. Cached pages are charged to the process that wrote them, so
+    the limited one would otherwise read 13.5 GB that its limit does not see."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
 def write_checkpoint(shape: str, folder: Path, dtype: torch.dtype) -> dict[str, int]:
     """A sharded float checkpoint with random weights, never holding more than one shard.
 
@@ -67,6 +76,7 @@ def write_checkpoint(shape: str, folder: Path, dtype: torch.dtype) -> dict[str, 
             total += tensor.numel() * dtype.itemsize
         save_file(tensors, folder / name, metadata={"format": "pt"})
         del tensors
+        forget(folder / name)
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
@@ -189,8 +199,12 @@ def streaming(shape: str, baseline: dict, scratch: Path, limit: int | None = Non
     if "error" not in row:
         row["above"] = above(row, baseline)
         row["of_bytes"] = row["above"] / row["bytes"]
-        # The goal: at most 1.10 x the model and the largest tensor in float32.
-        row["peak_of_goal"] = row["peak_total"] / (1.10 * row["bytes"] + row["largest_fp32"])
+        # The goal: at most 1.10 x the model and the largest tensor in float32. The total has the
+        # mapped pages of the checkpoint in it, which the system takes back when it needs them.
+        goal = 1.10 * row["bytes"] + row["largest_fp32"]
+        row["peak_of_goal"], row["peak_anon_of_goal"] = (
+            row[key] / goal for key in ("peak_total", "peak_anon")
+        )
     return row
 
 

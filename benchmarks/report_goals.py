@@ -115,8 +115,10 @@ def memory(record: dict | None) -> Iterator[Goal]:
     yield from at_most("quantize() of GPT-2-large in memory", large, lambda r: r["quantize_s"],
                        4.0, lambda x: f"{x:.1f} s", lambda r: "seconds, float32")  # fmt: skip
     streamed = [row for row in record["streamed"] if "peak_of_goal" in row]
-    yield from at_most("peak while loading, of 1.10 x the model + largest tensor", streamed,
-                       lambda r: r["peak_of_goal"], 1.0, percent, lambda r: r["shape"])  # fmt: skip
+    for key, pages in (("peak_of_goal", "with file pages"), ("peak_anon_of_goal", "anonymous")):
+        text = f"peak while loading ({pages}), of 1.10 x the model + largest tensor"
+        yield from at_most(text, streamed, lambda r, key=key: r[key], 1.0, percent,
+                           lambda r: r["shape"])  # fmt: skip
     big = record.get("big")
     if big:
         goal = (f"{big['shape']}, {big['checkpoint_bytes'] / 1e9:.1f} GB checkpoint, quantized and "

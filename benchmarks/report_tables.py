@@ -229,11 +229,14 @@ def memory(record: dict | None) -> str:
          + (f", may have {r['limit_bytes'] / 1e9:.1f} GB" if r.get("limit_bytes") else ""),
          mb(r.get("bytes")), r.get("error") or mb(r["above"]),
          percent(r["of_bytes"]) if "of_bytes" in r else None,
-         mb(r.get("peak_total")), f"{r.get('quantize_s', r.get('load_s', 0)):.1f}"]
+         mb(r.get("peak_total")), mb(r.get("peak_anon")),
+         f"{r.get('quantize_s', r.get('load_s', 0)):.1f}"]
         for r in (*record["rows"], *record["streamed"], *filter(None, [record.get("big")]))
     ]  # fmt: skip
-    return table(["model shape", "how", "model MB", "process above one without it, MB",
-                  "of the model", "peak while loading, MB", "seconds"], rows)  # fmt: skip
+    headings = ["model shape", "how", "model MB", "process above one without it, MB",
+                "of the model", "peak while loading, MB", "its anonymous part, MB",
+                "seconds"]  # fmt: skip
+    return table(headings, rows)
 
 
 # -- quality.json ------------------------------------------------------------------------------
