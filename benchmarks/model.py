@@ -20,7 +20,7 @@ CONTENDERS = ("torch_fp32", "torch_bf16", "gpu_poor_int8")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="the smallest shape, 3 rounds")
     parser.add_argument("--json", help="default: benchmarks/results/model.json")

@@ -14,7 +14,7 @@ from benchmarks.peers.runner import Plan
 
 def run(args: argparse.Namespace) -> int:
     names = peers.contenders(tuple(args.peers) if args.peers else peers.MODULES)
-    plan = Plan((32,), 8, 4) if args.quick else Plan()
+    plan = Plan((32,), 8, 4) if args.quick else Plan(decode_tokens=16)
     results = {"header": machine.header(args.threads), "shapes": {}}
     for shape in args.shapes:
         print(f"{shape}:", file=sys.stderr)
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     go = sub.add_parser("run")
     go.add_argument("--shapes", nargs="+", default=["gpt2", "gpt2-large", "tinyllama-1.1b"])
     go.add_argument("--peers", nargs="+", choices=peers.MODULES)
-    go.add_argument("--rounds", type=int, default=5)
+    go.add_argument("--rounds", type=int, default=4)
     go.add_argument("--threads", type=int, default=2)
     go.add_argument("--quick", action="store_true", help="short prompts; for trying it out")
     go.add_argument("--json", help="default: benchmarks/results/peers.json")

@@ -112,8 +112,8 @@ def compete(shape: str, names: dict[str, str], rounds: int, threads: int, plan: 
         print(f"  {name}: {state} ({workers[-1].setup_s:.0f} s)", file=sys.stderr)
     samples: dict[str, dict[str, list[float]]] = {w.name: {} for w in workers}
     request = {"round": asdict(plan)}
-    for worker in workers:  # warm up: first calls allocate, pick kernels, fill caches
-        worker.ask(request)
+    for worker in workers:  # warm up: the first call of every shape allocates and picks kernels
+        worker.ask({"round": request["round"] | {"decode_tokens": 4}})
     for r in range(rounds):
         for worker in workers[r % len(workers) :] + workers[: r % len(workers)]:
             for key, seconds in (worker.ask(request) or {}).items():
