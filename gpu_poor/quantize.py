@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -182,11 +183,18 @@ def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
         delay=PROGRESS_DELAY_S,
         disable=not show,
     )
+
+    def work(item: tuple[Target, str, Tensor]) -> tuple[Tensor, Tensor]:
+        target, name, weight = item
+        return quantize_rows(target.kind.to_rows(target.module, name, weight.detach()))
+
     done: Quantized = {}
-    with bar:
-        for key, (target, name, weight) in weights.items():
-            q, scale = quantize_rows(target.kind.to_rows(target.module, name, weight.detach()))
+    # torch transposes (Conv1D) on one core: two weights at a time keep a second one busy.
+    with bar, ThreadPoolExecutor(min(2, torch.get_num_threads())) as pool:
+        results = pool.map(work, weights.values())
+        for (key, (target, name, weight)), (q, scale) in zip(weights.items(), results, strict=True):
             if not bool(torch.isfinite(scale).all()):
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise not_finite(f"{target.name}.{name}")
             done[key] = nn.Parameter(q, requires_grad=False), scale
             bar.update(weight.nbytes)

@@ -18,7 +18,7 @@ from gpu_poor.nn import (
     QuantizedModule,
     kind_of,
 )
-from gpu_poor.nn.base import BLOCK_ELEMENTS, quantize_rows
+from gpu_poor.nn.base import quantize_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -90,13 +90,6 @@ def test_strided_rows_quantize_as_contiguous_ones(shape, isa):
     for actual, expected in zip(quantize_rows(strided), quantize_rows(rows), strict=True):
         assert torch.equal(actual, expected)
         assert actual.is_contiguous()
-
-
-def test_strided_rows_in_several_blocks():
-    rows = torch.randn(5, 2 * BLOCK_ELEMENTS // 4)  # more than one block, the last one short
-    strided = rows.t().contiguous().t()
-    for actual, expected in zip(quantize_rows(strided), quantize_rows(rows), strict=True):
-        assert torch.equal(actual, expected)
 
 
 def test_zero_rows_and_extremes():
