@@ -26,7 +26,10 @@ PARTS = {
 
 
 def is_done(out: Path, commit: str) -> bool:
-    return out.exists() and json.loads(out.read_text())["header"]["commit"] == commit
+    """Measured at this commit, to its end, and not refused by its own check."""
+    record = json.loads(out.read_text()) if out.exists() else {}
+    whole = record.get("complete", True) and not record.get("warm")
+    return bool(record) and record["header"]["commit"] == commit and whole
 
 
 def main(argv: list[str] | None = None) -> int:

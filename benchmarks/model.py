@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = Plan()
     if args.quick:
         args.shapes, args.rounds, plan = ["distilgpt2"], 3, Plan((128,), 16, 8)
-    record = {"header": machine.header(args.threads), "shapes": {}}
+    record = {"header": machine.header(args.threads), "complete": False, "shapes": {}}
     names = contenders(CONTENDERS)
     for shape in args.shapes:
         print(f"{shape}:", file=sys.stderr)
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{shape} {row['name']} {row['error']}: " + ", ".join(
                 f"{key} {1e3 * value['median']:.1f} ms ({faster[key]['median']:.2f} x fp32)"
                 for key, value in row["seconds"].items()))  # fmt: skip
+        record["complete"] = shape == args.shapes[-1]
         machine.save(record, args.json, "model.json")
     return 0
 

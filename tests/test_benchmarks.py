@@ -235,3 +235,14 @@ def test_goals_take_the_worst_case():
 
 def test_committed_documents_are_current():
     assert report.main(["--check"]) == 0
+
+
+def test_campaign_resumes_at_the_first_unfinished_part(tmp_path):
+    from benchmarks.__main__ import is_done
+
+    path = tmp_path / "part.json"
+    assert not is_done(path, "c0ffee")
+    for more, done in ({}, True), ({"complete": False}, False), ({"warm": ["4096x4096"]}, False):
+        path.write_text(json.dumps({"header": {"commit": "c0ffee"}} | more))
+        assert is_done(path, "c0ffee") is done
+        assert not is_done(path, "another")

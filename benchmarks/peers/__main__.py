@@ -15,11 +15,12 @@ from benchmarks.peers.runner import Plan
 def run(args: argparse.Namespace) -> int:
     names = peers.contenders(tuple(args.peers) if args.peers else peers.MODULES)
     plan = Plan((32,), 8, 4) if args.quick else Plan(decode_tokens=16)
-    results = {"header": machine.header(args.threads), "shapes": {}}
+    results = {"header": machine.header(args.threads), "complete": False, "shapes": {}}
     for shape in args.shapes:
         print(f"{shape}:", file=sys.stderr)
         results["shapes"][shape] = compete(shape, names, args.rounds, args.threads, plan)
-        machine.save(results, args.json, "peers.json")  # after each shape: an interruption is cheap
+        results["complete"] = shape == args.shapes[-1]
+        machine.save(results, args.json, "peers.json")
     return 0
 
 
