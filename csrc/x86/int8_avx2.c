@@ -128,40 +128,41 @@ INLINE __m128i sum4(const __m256i v[4])
     return _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
 }
 
-INLINE void dot_step(__m256i wk, const int8_t *x, int64_t x_stride, int V, int r,
-                     __m256i acc[2][4])
+/* 32 columns of one weight row times V activation rows. */
+INLINE void dot_step(__m256i wk, const int8_t *x, int64_t x_stride, int V, __m256i acc[])
 {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i magnitude = _mm256_abs_epi8(wk);
     for (int v = 0; v < V; v++) {
         __m256i xk = _mm256_loadu_si256((const __m256i *)(x + v * x_stride));
         __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(xk, wk));
-        acc[v][r] = _mm256_add_epi32(acc[v][r], _mm256_madd_epi16(pairs, ones));
+        acc[v] = _mm256_add_epi32(acc[v], _mm256_madd_epi16(pairs, ones));
     }
 }
 
+/* Row after row: four abreast would only save loads of x, which are not what limits this. */
 INLINE void dot_tile(const int8_t *const w[4], const int8_t *x, int64_t x_stride, int64_t K,
                      int V, __m128i out[])
 {
-    __m256i acc[2][4];
-    for (int v = 0; v < V; v++)
-        for (int r = 0; r < 4; r++) acc[v][r] = _mm256_setzero_si256();
-    int64_t k = 0;
-    for (; k + 32 <= K; k += 32) {
-        for (int r = 0; r < 4; r++) {
-            __m256i wk = _mm256_loadu_si256((const __m256i *)(w[r] + k));
-            if (k % 64 == 0) _mm_prefetch((const char *)w[r] + k + GP_PREFETCH, _MM_HINT_T0);
-            dot_step(wk, x + k, x_stride, V, r, acc);
+    __m256i rows[4][4];
+    for (int r = 0; r < 4; r++) {
+        __m256i acc[4];
+        for (int v = 0; v < V; v++) acc[v] = _mm256_setzero_si256();
+        int64_t k = 0;
+        for (; k + 64 <= K; k += 64) {
+            const __m256i *wk = (const __m256i *)(w[r] + k);
+            dot_step(_mm256_loadu_si256(wk), x + k, x_stride, V, acc);
+            dot_step(_mm256_loadu_si256(wk + 1), x + k + 32, x_stride, V, acc);
+            prefetch_stream(w[r] + k);
         }
-    }
-    if (k < K) {
-        for (int r = 0; r < 4; r++) {
+        for (; k < K; k += 32) {
             int8_t tail[32] = {0};
-            memcpy(tail, w[r] + k, (size_t)(K - k));
-            dot_step(_mm256_loadu_si256((const __m256i *)tail), x + k, x_stride, V, r, acc);
+            memcpy(tail, w[r] + k, (size_t)gp_min(K - k, 32));
+            dot_step(_mm256_loadu_si256((const __m256i *)tail), x + k, x_stride, V, acc);
         }
+        for (int v = 0; v < V; v++) rows[v][r] = acc[v];
     }
-    for (int v = 0; v < V; v++) out[v] = sum4(acc[v]);
+    for (int v = 0; v < V; v++) out[v] = sum4(rows[v]);
 }
 
 INLINE __m128i exact(__m128i sum, int32_t x_sum)
@@ -170,7 +171,7 @@ INLINE __m128i exact(__m128i sum, int32_t x_sum)
     return sum;
 }
 
-TILE_LINEAR(int8_linear_avx2, TARGET, 2)
+TILE_LINEAR(int8_linear_avx2, TARGET, 4)
 
 TARGET static void int8_linear_entry(const gp_int8_linear *a, int64_t n0, int64_t n1)
 {
@@ -191,7 +192,7 @@ INLINE void float_tile(const int8_t *const w[4], const float *x, int64_t x_strid
             int64_t bytes = 0;
             memcpy(&bytes, w[r] + k, (size_t)gp_min(K - k, 8));
             __m256 wk = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes)));
-            if (k % 64 == 0) _mm_prefetch((const char *)w[r] + k + GP_PREFETCH, _MM_HINT_T0);
+            if (k % 64 == 0) prefetch_stream(w[r] + k);
             for (int v = 0; v < V; v++) {
                 __m256 xk = _mm256_loadu_ps(x + v * x_stride + k);
                 acc[v][r] = _mm256_fmadd_ps(wk, xk, acc[v][r]);

@@ -13,47 +13,11 @@
 #include <immintrin.h>
 #include <math.h>
 
-#include "../common.h"
+#include "avx512.h"
 #include "linear_tile.h"
 
-#define TARGET GP_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
-#define INLINE GP_INLINE TARGET
-
-INLINE __m512 load16(const void *x, gp_dtype type, int64_t i, __mmask16 mask)
-{
-    if (type == GP_F32) return _mm512_maskz_loadu_ps(mask, (const float *)x + i);
-    __m256i h = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + i);
-    if (type == GP_F16) return _mm512_cvtph_ps(h);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
-}
-
-/* Round to nearest even, NaN made quiet: gp_float_to_bf16 on 16 lanes. */
-INLINE __m256i float_to_bf16(__m512 v)
-{
-    __m512i u = _mm512_castps_si512(v), top = _mm512_srli_epi32(u, 16);
-    __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
-    __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    r = _mm512_srli_epi32(r, 16);
-    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    r = _mm512_mask_or_epi32(r, nan, top, _mm512_set1_epi32(0x40));
-    return _mm512_cvtepi32_epi16(r);
-}
-
-INLINE void store16(void *y, gp_dtype type, int64_t i, __mmask16 mask, __m512 v)
-{
-    if (type == GP_F32) {
-        _mm512_mask_storeu_ps((float *)y + i, mask, v);
-        return;
-    }
-    __m256i h = type == GP_BF16 ? float_to_bf16(v)
-                                : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-    _mm256_mask_storeu_epi16((uint16_t *)y + i, mask, h);
-}
-
-INLINE __mmask16 tail_mask(int64_t left)
-{
-    return left >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
-}
+/* Up to this many activation rows the weights are read as one stream: dot_tile. */
+#define STREAM_ROWS 4
 
 INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
                           int64_t stride, int32_t *sum)
@@ -119,37 +83,39 @@ INLINE __m128i sum4(const __m512i v[4])
     return _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
 }
 
-/* Four weight rows times V activation rows (planes count as rows), over all of K.
- * Four rows are four streams for the prefetcher; one vector of four results each, whose sum4
- * costs 3 instructions a result where a reduction of one costs 7. */
+/* One step of 64 columns: R weight rows from row r0 on times V activation rows. */
+INLINE void dot_step(const int8_t *const w[4], int r0, int R, __mmask64 mask, const int8_t *x,
+                     int64_t x_stride, int64_t k, int V, __m512i acc[][4])
+{
+    const __m512i flip = _mm512_set1_epi8((char)0x80);
+    __m512i wk[4];
+    for (int r = 0; r < R; r++)
+        wk[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[r0 + r] + k), flip);
+    for (int v = 0; v < V; v++) {
+        __m512i xk = _mm512_loadu_si512(x + v * x_stride + k);
+        for (int r = 0; r < R; r++)
+            acc[v][r0 + r] = _mm512_dpbusd_epi32(acc[v][r0 + r], wk[r], xk);
+    }
+}
+
+/* Four weight rows times V activation rows (planes count as rows), over all of K; one vector of
+ * four results each, whose sum4 costs 3 instructions a result where a reduction of one costs 7.
+ * Few activation rows: the weights come from memory, and are read in one linear stream, row after
+ * row. Many: the four rows are in L1 after the first tile, and share each load of x. */
 INLINE void dot_tile(const int8_t *const w[4], const int8_t *x, int64_t x_stride, int64_t K,
                      int V, __m128i out[])
 {
-    const __m512i flip = _mm512_set1_epi8((char)0x80);
+    const int R = V <= STREAM_ROWS ? 1 : 4;
     __m512i acc[6][4];
     for (int v = 0; v < V; v++)
         for (int r = 0; r < 4; r++) acc[v][r] = _mm512_setzero_si512();
-    int64_t k = 0;
-    for (; k + 64 <= K; k += 64) {
-        __m512i wk[4];
-        for (int r = 0; r < 4; r++) {
-            wk[r] = _mm512_xor_si512(_mm512_loadu_si512(w[r] + k), flip);
-            if (V <= 4) _mm_prefetch((const char *)w[r] + k + GP_PREFETCH, _MM_HINT_T0);
+    for (int r = 0; r < 4; r += R) {
+        int64_t k = 0;
+        for (; k + 64 <= K; k += 64) {
+            dot_step(w, r, R, ~0ull, x, x_stride, k, V, acc);
+            if (R == 1) prefetch_stream(w[r] + k);
         }
-        for (int v = 0; v < V; v++) {
-            __m512i xk = _mm512_loadu_si512(x + v * x_stride + k);
-            for (int r = 0; r < 4; r++) acc[v][r] = _mm512_dpbusd_epi32(acc[v][r], wk[r], xk);
-        }
-    }
-    if (k < K) {
-        __mmask64 mask = ~0ull >> (64 - (K - k));
-        for (int r = 0; r < 4; r++) {
-            __m512i wk = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[r] + k), flip);
-            for (int v = 0; v < V; v++) {
-                __m512i xk = _mm512_loadu_si512(x + v * x_stride + k);
-                acc[v][r] = _mm512_dpbusd_epi32(acc[v][r], wk, xk);
-            }
-        }
+        if (k < K) dot_step(w, r, R, ~0ull >> (64 - (K - k)), x, x_stride, k, V, acc);
     }
     for (int v = 0; v < V; v++) out[v] = sum4(acc[v]);
 }
@@ -184,8 +150,7 @@ INLINE void float_tile(const int8_t *const w[4], const float *x, int64_t x_strid
         for (int r = 0; r < 4; r++) {
             __m128i b = _mm_maskz_loadu_epi8(mask, w[r] + k);
             wk[r] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b));
-            if (V <= 2 && k % 64 == 0)
-                _mm_prefetch((const char *)w[r] + k + GP_PREFETCH, _MM_HINT_T0);
+            if (V <= 2 && k % 64 == 0) prefetch_stream(w[r] + k);
         }
         for (int v = 0; v < V; v++) {
             __m512 xk = _mm512_loadu_ps(x + v * x_stride + k);

@@ -16,9 +16,15 @@
 
 #include "../common.h"
 
-/* Bytes ahead of the current position of each row. Rows are read four abreast, so for K below
- * this the line belongs to a later row, never beyond what the stream will soon read. */
-#define GP_PREFETCH 1024
+/* Weights come from memory in one linear stream, row after row. Into L2 from 16 KB ahead (plus 3
+ * lines: a multiple of 4096 falls into the same sets of L1), into L1 from 1 KB. Measured on one
+ * core, M = 2, a16, K = 1280, the stream being 14.3 GB/s: L1 alone from 512 B to 8 KB ahead 9 to
+ * 12.5, L2 alone 13.1, both 13.9. Addresses beyond the end are harmless: a prefetch never faults. */
+GP_INLINE void prefetch_stream(const int8_t *w)
+{
+    _mm_prefetch((const char *)w + 16576, _MM_HINT_T1);
+    _mm_prefetch((const char *)w + 1024, _MM_HINT_T0);
+}
 
 void gp_int8_linear_ref(const gp_int8_linear *a, int64_t n0, int64_t n1);
 
