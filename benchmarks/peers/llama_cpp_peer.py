@@ -42,9 +42,9 @@ def install(folder: Path) -> None:
     archive = folder / f"{source(folder).parents[1].name}.tar.gz"
     if not archive.exists():
         subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:",
-             "--no-build-isolation", "--dest", str(folder), SDIST],
-            check=False,  # pip may fail to build metadata after the download; the file is enough
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary",
+             ":all:", "--dest", str(folder), SDIST],
+            check=True,
         )  # fmt: skip
     if not source(folder).exists():
         with tarfile.open(archive) as tar:
