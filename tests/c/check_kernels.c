@@ -1,0 +1,285 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Every implementation this CPU can run against the reference, on buffers that end at (and begin
+ * after) an inaccessible page, compiled with AddressSanitizer and UBSan by `make asan`: a kernel
+ * that reads or writes one byte outside its arguments crashes here. Integers and the epilogue of the
+ * integer modes must be equal, bit for bit; float sums within their bound.
+ */
+#define _GNU_SOURCE
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "gpu_poor.h"
+
+static int failures, checks;
+
+#define CHECK(condition, ...)                                                                     \
+    do {                                                                                          \
+        checks++;                                                                                 \
+        if (!(condition)) {                                                                       \
+            failures++;                                                                           \
+            printf("FAILED %s: ", #condition);                                                    \
+            printf(__VA_ARGS__);                                                                  \
+            printf("\n");                                                                         \
+        }                                                                                         \
+    } while (0)
+
+/* -- buffers between inaccessible pages ------------------------------------------------------- */
+
+typedef struct {
+    char *base;
+    size_t mapped;
+} mapping;
+static mapping mappings[64];
+static int n_mappings;
+
+/* `bytes` bytes whose end (or, at_start, beginning) touches a page that cannot be read. */
+static void *guarded(size_t bytes, int at_start)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), inner = (bytes + page - 1) / page * page;
+    if (inner == 0) inner = page;
+    char *base = mmap(NULL, inner + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED || mprotect(base + page, inner, PROT_READ | PROT_WRITE)) abort();
+    mappings[n_mappings++] = (mapping){base, inner + 2 * page};
+    return at_start ? base + page : base + page + inner - bytes;
+}
+
+static void release_all(void)
+{
+    while (n_mappings) {
+        n_mappings--;
+        munmap(mappings[n_mappings].base, mappings[n_mappings].mapped);
+    }
+}
+
+static uint64_t state = 88172645463325252ull;
+static uint32_t random_u32(void)
+{
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return (uint32_t)(state >> 16);
+}
+static float random_float(void) { return (float)(int32_t)random_u32() * 0x1p-30f; }
+
+static void fill_floats(void *x, gp_dtype type, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        float f = random_float();
+        if (random_u32() % 50 == 0) f *= 100; /* heavy tails */
+        uint32_t u;
+        memcpy(&u, &f, 4);
+        if (type == GP_F32)
+            ((float *)x)[i] = f;
+        else if (type == GP_BF16)
+            ((uint16_t *)x)[i] = (uint16_t)(u >> 16);
+        else
+            ((uint16_t *)x)[i] = (uint16_t)(random_u32() & 0xbfff); /* any finite half below 2 */
+    }
+}
+
+static size_t size_of(gp_dtype type) { return type == GP_F32 ? 4 : 2; }
+static int64_t round_up(int64_t n) { return (n + GP_K_ALIGN - 1) / GP_K_ALIGN * GP_K_ALIGN; }
+
+/* -- the checks ------------------------------------------------------------------------------- */
+
+static const gp_impl *ref;
+
+static void check_quantize(const gp_impl *impl, gp_dtype type, int64_t K, int planes, int special)
+{
+    for (int at_start = 0; at_start < 2; at_start++) {
+        void *x = guarded((size_t)K * size_of(type), at_start);
+        int8_t *q = guarded((size_t)(K * planes), at_start), *want = malloc((size_t)(K * planes));
+        int32_t sum[2] = {0}, want_sum[2] = {0};
+        fill_floats(x, type, K);
+        if (special == 1) memset(x, 0, (size_t)K * size_of(type));
+        if (special == 2 && type == GP_F32) ((float *)x)[K / 2] = NAN;
+        if (special == 3 && type == GP_F32) ((float *)x)[K - 1] = -INFINITY;
+        float scale = impl->int8_quantize_row(x, type, K, planes, q, K, sum);
+        float want_scale = ref->int8_quantize_row(x, type, K, planes, want, K, want_sum);
+        CHECK(memcmp(&scale, &want_scale, 4) == 0 || (isnan(scale) && isnan(want_scale)),
+              "%s scale %g, reference %g, K %ld", impl->name, scale, want_scale, (long)K);
+        CHECK(memcmp(q, want, (size_t)(K * planes)) == 0, "%s int8_quantize_row K %ld planes %d",
+              impl->name, (long)K, planes);
+        CHECK(memcmp(sum, want_sum, sizeof(int32_t) * (size_t)planes) == 0, "%s sums", impl->name);
+        free(want);
+        release_all();
+    }
+}
+
+static void check_linear(const gp_impl *impl, int64_t M, int64_t N, int64_t K, int planes,
+                         gp_dtype type, int packed, int with_bias)
+{
+    const int64_t K_pad = round_up(K), rows = M * planes, blocks = (M + 15) / 16;
+    for (int at_start = 0; at_start < 2; at_start++) {
+        int8_t *x = guarded((size_t)(rows * K_pad), at_start);
+        int8_t *w = guarded((size_t)(N * K), at_start);
+        int8_t *pack = guarded((size_t)(blocks * 16 * planes * K_pad), at_start);
+        int8_t *want_pack = malloc((size_t)(blocks * 16 * planes * K_pad));
+        float *x_scale = guarded((size_t)M * 4, at_start);
+        float *w_scale = guarded((size_t)N * 4, at_start);
+        float *bias = guarded((size_t)N * 4, at_start);
+        int32_t *sum = guarded((size_t)rows * 4, at_start);
+        void *y = guarded((size_t)(M * N) * size_of(type), at_start);
+        void *want = malloc((size_t)(M * N) * size_of(type));
+        memset(x, 0, (size_t)(rows * K_pad));
+        for (int64_t r = 0; r < rows; r++) {
+            sum[r] = 0;
+            for (int64_t k = 0; k < K; k++) {
+                x[r * K_pad + k] = (int8_t)((int)(random_u32() % 255) - 127);
+                sum[r] += x[r * K_pad + k];
+            }
+        }
+        for (int64_t i = 0; i < N * K; i++) w[i] = (int8_t)random_u32();
+        fill_floats(x_scale, GP_F32, M);
+        fill_floats(w_scale, GP_F32, N);
+        fill_floats(bias, GP_F32, N);
+        gp_int8_linear a = {M, N, K, K_pad, planes, x, NULL, sum, x_scale,
+                            w, w_scale, with_bias ? bias : NULL, want, type};
+        ref->int8_linear(&a, 0, N);
+        a.y = y;
+        memset(y, 0x5a, (size_t)(M * N) * size_of(type));
+        if (packed) {
+            for (int64_t b = 0; b < blocks; b++) {
+                impl->int8_pack(&a, b, pack + b * 16 * planes * K_pad);
+                ref->int8_pack(&a, b, want_pack + b * 16 * planes * K_pad);
+            }
+            CHECK(memcmp(pack, want_pack, (size_t)(blocks * 16 * planes * K_pad)) == 0,
+                  "%s int8_pack M %ld K %ld", impl->name, (long)M, (long)K);
+            a.x_packed = pack;
+        }
+        /* Two ranges, as two threads would have. */
+        int64_t middle = N / 2 / 4 * 4;
+        impl->int8_linear(&a, 0, middle);
+        impl->int8_linear(&a, middle, N);
+        CHECK(memcmp(y, want, (size_t)(M * N) * size_of(type)) == 0,
+              "%s int8_linear M %ld N %ld K %ld planes %d type %d packed %d", impl->name, (long)M,
+              (long)N, (long)K, planes, (int)type, packed);
+        free(want);
+        free(want_pack);
+        release_all();
+    }
+}
+
+static void check_float_linear(const gp_impl *impl, int64_t M, int64_t N, int64_t K)
+{
+    const int64_t K_pad = round_up(K);
+    float *x = guarded((size_t)(M * K_pad) * 4, 0), *w_scale = guarded((size_t)N * 4, 0);
+    int8_t *w = guarded((size_t)(N * K), 0);
+    float *y = guarded((size_t)(M * N) * 4, 0), *want = malloc((size_t)(M * N) * 4);
+    memset(x, 0, (size_t)(M * K_pad) * 4);
+    for (int64_t m = 0; m < M; m++) fill_floats(x + m * K_pad, GP_F32, K);
+    for (int64_t i = 0; i < N * K; i++) w[i] = (int8_t)random_u32();
+    fill_floats(w_scale, GP_F32, N);
+    gp_float_linear a = {M, N, K, K_pad, x, w, w_scale, NULL, want, GP_F32};
+    ref->float_linear(&a, 0, N);
+    a.y = y;
+    impl->float_linear(&a, 0, N / 2);
+    impl->float_linear(&a, N / 2, N);
+    for (int64_t m = 0; m < M; m++) {
+        for (int64_t n = 0; n < N; n++) {
+            double size = 0;
+            for (int64_t k = 0; k < K; k++) size += fabs((double)x[m * K_pad + k] * w[n * K + k]);
+            double bound = (double)(K + 2) * 0x1p-24 * size * fabs(w_scale[n]) + 1e-30;
+            CHECK(fabs((double)y[m * N + n] - want[m * N + n]) <= bound,
+                  "%s float_linear M %ld N %ld K %ld", impl->name, (long)M, (long)N, (long)K);
+        }
+    }
+    free(want);
+    release_all();
+}
+
+static void check_rows(const gp_impl *impl, int64_t K, gp_dtype type)
+{
+    for (int at_start = 0; at_start < 2; at_start++) {
+        int8_t *q = guarded((size_t)K, at_start);
+        for (int64_t k = 0; k < K; k++) q[k] = (int8_t)random_u32();
+        void *y = guarded((size_t)K * size_of(type), at_start);
+        void *want = malloc((size_t)K * 4);
+        impl->int8_dequantize_row(q, 0.37f, K, y, type);
+        ref->int8_dequantize_row(q, 0.37f, K, want, type);
+        CHECK(memcmp(y, want, (size_t)K * size_of(type)) == 0, "%s int8_dequantize_row K %ld",
+              impl->name, (long)K);
+        float *f = guarded((size_t)K * 4, at_start);
+        impl->to_float_row(y, type, K, f);
+        ref->to_float_row(y, type, K, want);
+        CHECK(memcmp(f, want, (size_t)K * 4) == 0, "%s to_float_row K %ld", impl->name, (long)K);
+        free(want);
+        release_all();
+    }
+}
+
+static void check_stats(const gp_impl *impl, int64_t M, int64_t K)
+{
+    float *x = guarded((size_t)(M * K) * 4, 0);
+    fill_floats(x, GP_F32, M * K);
+    float *got[3], *want = malloc((size_t)K * 12);
+    for (int i = 0; i < 3; i++) got[i] = guarded((size_t)K * 4, 0);
+    double *squares = guarded((size_t)K * 8, 0), *want_squares = malloc((size_t)K * 8);
+    impl->channel_stats(x, M, K, 0, K / 2, got[0], got[1], got[2], squares);
+    impl->channel_stats(x, M, K, K / 2, K, got[0], got[1], got[2], squares);
+    ref->channel_stats(x, M, K, 0, K, want, want + K, want + 2 * K, want_squares);
+    for (int i = 0; i < 3; i++)
+        CHECK(memcmp(got[i], want + i * K, (size_t)K * 4) == 0, "%s channel_stats", impl->name);
+    for (int64_t k = 0; k < K; k++)
+        CHECK(fabs(squares[k] - want_squares[k]) <= 1e-12 * want_squares[k] * (double)M,
+              "%s sum of squares", impl->name);
+
+    float *acc = guarded((size_t)(K * K) * 4, 0), *want_acc = calloc((size_t)(K * K), 4);
+    memset(acc, 0, (size_t)(K * K) * 4);
+    impl->gram(x, M, K, 0, K / 2, acc);
+    impl->gram(x, M, K, K / 2, K, acc);
+    ref->gram(x, M, K, 0, K, want_acc);
+    for (int64_t i = 0; i < K * K; i++) {
+        double bound = (double)(M + 2) * 0x1p-24 *
+                       sqrt(want_squares[i / K] * want_squares[i % K]) + 1e-30;
+        CHECK(fabs((double)acc[i] - want_acc[i]) <= bound, "%s gram M %ld K %ld", impl->name,
+              (long)M, (long)K);
+    }
+    free(want);
+    free(want_squares);
+    free(want_acc);
+    release_all();
+}
+
+int main(void)
+{
+    static const int64_t sizes[] = {1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129, 200};
+    static const int64_t tokens[] = {1, 2, 3, 5, 15, 16, 17, 33, 40};
+    static const int64_t outs[] = {1, 3, 16, 17, 33, 70};
+    const int n_sizes = sizeof(sizes) / sizeof(*sizes);
+    ref = gp_available_impl(0);
+    for (int i = 0; i < gp_available(); i++) {
+        if (gp_set_isa(gp_available_impl(i)->name)) return 1;
+        const gp_impl table = gp; /* what this cap runs, inherited kernels included */
+        for (int s = 0; s < n_sizes; s++) {
+            int64_t K = sizes[s];
+            for (int type = GP_F32; type <= GP_F16; type++) {
+                for (int planes = 1; planes <= 2; planes++)
+                    for (int special = 0; special < 4; special++)
+                        check_quantize(&table, (gp_dtype)type, K, planes, special);
+                check_rows(&table, K, (gp_dtype)type);
+            }
+            for (int t = 0; t < (int)(sizeof(tokens) / sizeof(*tokens)); t++) {
+                for (int o = 0; o < (int)(sizeof(outs) / sizeof(*outs)); o++) {
+                    int odd = (s + t + o) % 3;
+                    for (int planes = 1; planes <= 2; planes++)
+                        check_linear(&table, tokens[t], outs[o], K, planes, (gp_dtype)odd,
+                                     (t + o) % 2, s % 2);
+                }
+                check_float_linear(&table, tokens[t], outs[t % 6], K);
+                check_stats(&table, tokens[t], K);
+            }
+        }
+        /* Wide enough for every loop of the packed linear: panels, chunks of K, blocks of tokens. */
+        for (int planes = 1; planes <= 2; planes++)
+            for (int type = GP_F32; type <= GP_F16; type++)
+                check_linear(&table, 130, 300, 1100, planes, (gp_dtype)type, 1, 1);
+        printf("%s: %d checks, %d failed\n", table.name, checks, failures);
+    }
+    if (gp_set_isa("no such thing") != -1) failures++;
+    printf("%d passed, %d failed\n", checks - failures, failures);
+    return failures != 0;
+}
