@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 # The one place that pins torch: what we develop and measure with. Users get torch >= 2.10.
 TORCH := torch==2.13.0
 # The oldest transformers that pyproject.toml claims, installed beside the current one and tested.
-OLDEST_TRANSFORMERS := 5.0.0
+OLDEST_TRANSFORMERS := 5.23.0
 OLDEST := $(VENV)/oldest-$(OLDEST_TRANSFORMERS)
 OLDEST_TESTS := tests/test_hf.py
 
