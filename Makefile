@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-# The one place that pins torch: what we develop and measure with. Users get torch >= 2.10.
-TORCH := torch==2.13.0
+# The one place that pins versions: what we develop, format and measure with. Users get torch >= 2.10.
+CONSTRAINTS := torch==2.13.0 ruff==0.17.5
 # The oldest transformers that pyproject.toml claims, installed beside the current one and tested.
 OLDEST_TRANSFORMERS := 5.23.0
 OLDEST := $(VENV)/oldest-$(OLDEST_TRANSFORMERS)
@@ -31,7 +31,7 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.build-deps: | $(PY)
-	echo "$(TORCH)" > $(VENV)/constraints.txt
+	printf '%s\n' $(CONSTRAINTS) > $(VENV)/constraints.txt
 	$(PY) -m pip install -q -c $(VENV)/constraints.txt torch "setuptools>=77" wheel
 	@touch $@
 
