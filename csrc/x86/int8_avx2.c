@@ -181,22 +181,33 @@ TARGET static void int8_linear_entry(const gp_int8_linear *a, int64_t n0, int64_
         int8_linear_avx2(a, n0, n1);
 }
 
+INLINE void float_step(__m128i bytes, const float *x, int64_t x_stride, int V, int r,
+                       __m256 acc[2][4])
+{
+    __m256 wk = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    for (int v = 0; v < V; v++)
+        acc[v][r] = _mm256_fmadd_ps(wk, _mm256_loadu_ps(x + v * x_stride), acc[v][r]);
+}
+
 INLINE void float_tile(const int8_t *const w[4], const float *x, int64_t x_stride, int64_t K,
                        int V, __m128 out[])
 {
     __m256 acc[2][4];
     for (int v = 0; v < V; v++)
         for (int r = 0; r < 4; r++) acc[v][r] = _mm256_setzero_ps();
-    for (int64_t k = 0; k < K; k += 8) {
+    int64_t k = 0;
+    for (; k + 8 <= K; k += 8) {
+        for (int r = 0; r < 4; r++) {
+            __m128i b = _mm_loadl_epi64((const __m128i *)(w[r] + k));
+            if (k % 64 == 0) prefetch_stream(w[r] + k);
+            float_step(b, x + k, x_stride, V, r, acc);
+        }
+    }
+    if (k < K) {
         for (int r = 0; r < 4; r++) {
             int64_t bytes = 0;
-            memcpy(&bytes, w[r] + k, (size_t)gp_min(K - k, 8));
-            __m256 wk = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes)));
-            if (k % 64 == 0) prefetch_stream(w[r] + k);
-            for (int v = 0; v < V; v++) {
-                __m256 xk = _mm256_loadu_ps(x + v * x_stride + k);
-                acc[v][r] = _mm256_fmadd_ps(wk, xk, acc[v][r]);
-            }
+            memcpy(&bytes, w[r] + k, (size_t)(K - k));
+            float_step(_mm_cvtsi64_si128(bytes), x + k, x_stride, V, r, acc);
         }
     }
     for (int v = 0; v < V; v++) {
