@@ -281,7 +281,7 @@ extern const gp_impl gp_impl_avx512_vnni;
 TARGET static void int8_linear_amx(const gp_int8_linear *a, int64_t n0, int64_t n1)
 {
     int64_t whole = n0;
-    if (a->x_packed && a->K <= GP_K_MAX) {
+    if (a->x_packed && a->K > 0 && a->K <= GP_K_MAX) {
         whole = n0 + (n1 - n0) / 16 * 16;
         if (whole > n0) linear_packed(a, n0, whole);
     }

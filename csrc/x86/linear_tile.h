@@ -28,7 +28,7 @@ GP_INLINE void prefetch_stream(const int8_t *w)
 
 /* Activation rows to a block: 512 KB of them, a multiple of V_MAX (an even number: both planes).
  * Of all rows at once, 2 MB, AVX512-VNNI made 0.28 TOPS a core; of 128 KB 0.55, 512 KB 0.60. */
-#define TILE_BLOCK(row_bytes, V_MAX) (((1 << 19) / (row_bytes) / (V_MAX) + 1) * (V_MAX))
+#define TILE_BLOCK(row_bytes, V_MAX) (((1 << 19) / ((row_bytes) + 1) / (V_MAX) + 1) * (V_MAX))
 
 void gp_int8_linear_ref(const gp_int8_linear *a, int64_t n0, int64_t n1);
 
