@@ -100,6 +100,7 @@ def test_report_shows_the_figures(results):
 def figures(**changes):
     values = {"reduction": 0.75, "speed": 2.0, "kl": 1e-4, "ppl": 1.001, "top1": 0.99} | changes
     return {
+        "n_parameters": values.get("n", 10**8),
         "memory": {"reduction": values["reduction"]},
         "speed": {"decode_ratio": values["speed"]},
         "quality": {
@@ -130,6 +131,12 @@ def test_verdict_names_what_fails(change):
     v = demo.verdict(figures(**change))
     failed = [c["check"] for c in v["checks"] if c["passed"] is False]
     assert v["production_ready"] is False and len(failed) == 1 and failed[0] in v["text"]
+
+
+def test_speed_of_a_tiny_model_is_not_judged():
+    v = demo.verdict(figures(n=10**6, speed=0.1))
+    assert v["production_ready"] is True and "too small a model to judge speed" in v["text"]
+    assert demo.verdict(figures(n=10**6, kl=1))["production_ready"] is False
 
 
 def test_verdict_without_quality():

@@ -97,6 +97,6 @@ def _verdict(r: dict) -> str:
     marks = {True: "pass", False: "FAIL", None: "  - "}
     rows = [f"VERDICT  {r['verdict']['text']}"]
     for c in r["verdict"]["checks"]:
-        value = "unmeasured" if c["value"] is None else f"{c['value']:.4g}"
-        rows.append(f"  {marks[c['passed']]}  {c['check']:<20}{value:>12}   needs {c['needs']}")
+        value = "" if c["value"] is None else f"{c['value']:.4g}"
+        rows.append(f"  {marks[c['passed']]}  {c['check']:<20}{value:>12}   {c['needs']}")
     return "\n".join(rows)
