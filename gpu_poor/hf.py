@@ -152,12 +152,16 @@ class GpuPoorQuantizer(HfQuantizer):
                 check_reduction(model, plan)
             targets = plan.targets
             self._before, self._kept = memory.by_class(model), plan.kept_groups()
-        swap_skeleton(model, targets, config)
+        swap_skeleton(model, targets, config, torch.int8 if self.pre_quantized else None)
         if self.pre_quantized and checkpoint_files is not None:
             check_files(model, checkpoint_files)
         else:
             read_headers(f for f in checkpoint_files or () if str(f).endswith(".safetensors"))
         return model
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 1.0  # bytes, for device maps
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         if self.pre_quantized:
@@ -338,13 +342,20 @@ def tie_skeleton(model: nn.Module, ties: dict[str, str] | None) -> None:
             setattr(model.get_submodule(module_name), leaf, model.get_parameter(source))
 
 
-def swap_skeleton(model: nn.Module, targets: list[Target], config: GpuPoorConfig) -> None:
-    """Swap the modules of a skeleton without data for quantized ones without data."""
+def swap_skeleton(
+    model: nn.Module, targets: list[Target], config: GpuPoorConfig, dtype: torch.dtype | None
+) -> None:
+    """Swap the modules of a skeleton without data for quantized ones without data.
+
+    Args:
+        dtype: of their weights until the real ones come; None keeps the float one. Before 5.6 or
+            so transformers casts what it reads to this, also what it will have quantized.
+    """
     empty = {}
     for target in targets:
         for name, weight in target.weights().items():
             rows = target.kind.to_rows(target.module, name, weight)
-            q = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
+            q = torch.empty(rows.shape, dtype=dtype or weight.dtype, device=weight.device)
             scale = torch.empty(rows.shape[:-1], dtype=torch.float32, device=weight.device)
             empty.setdefault(id(weight), (nn.Parameter(q, requires_grad=False), scale))
     swap(model, targets, empty, config.activation)
