@@ -12,36 +12,35 @@ or executed. Before a weight is loaded the headers of the files are checked agai
 """
 
 import copy
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gpu_poor import memory, ops
-from gpu_poor.nn import KINDS, QuantizedModule, kind_of
-from gpu_poor.nn.base import quantize_rows
-from gpu_poor.plan import (
-    Patterns,
-    Target,
-    check_reduction,
-    kinds_of,
-    make_plan,
-    share_scales,
-    ties_of,
+from gpu_poor.hf_load import (
+    METHOD,
+    candidates,
+    check_complete,
+    check_files,
+    check_loaded,
+    read_headers,
+    saved_targets,
+    swap_skeleton,
+    tie_skeleton,
 )
-from gpu_poor.quantize import check_finite, check_options, dequantize, not_finite, swap
+from gpu_poor.hf_stream import Incoming, Int8Quantize, is_quantized_weight, merge_later
+from gpu_poor.nn import KINDS
+from gpu_poor.plan import Patterns, check_reduction, kinds_of, make_plan, ties_of
+from gpu_poor.quantize import check_options, dequantize
 from gpu_poor.receipt import make_receipt
 
-METHOD = "gpu-poor"
 #: Of the saved form; a reader refuses any it does not know.
 VERSION = 1
-#: Give freed memory back each time this many bytes of float weights have been quantized.
-TRIM_BYTES = 1 << 29
 
 
 @register_quantization_config(METHOD)
@@ -136,9 +135,7 @@ class GpuPoorQuantizer(HfQuantizer):
     def __init__(self, quantization_config: GpuPoorConfig, **kwargs):
         # A copy: the list of modules is written into it, and the caller may use theirs again.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
-        self._scales: dict[str, Tensor] = {}  # of tied modules, by module name, while loading
-        self._errors: list[ValueError] = []
-        self._bytes_since_trim = 0
+        self._incoming = Incoming()
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         """Swap the modules of the skeleton, which is on the meta device."""
@@ -164,66 +161,25 @@ class GpuPoorQuantizer(HfQuantizer):
         return 1.0  # bytes, for device maps
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        if self.pre_quantized:
-            return False
-        module_name, _, name = param_name.rpartition(".")
-        try:
-            module = model.get_submodule(module_name)
-        except AttributeError:
-            return False
-        return isinstance(module, QuantizedModule) and name in module.weight_names
+        return not self.pre_quantized and is_quantized_weight(model, param_name)
 
     def get_quantize_ops(self):
-        from transformers.core_model_loading import ConversionOps
+        return Int8Quantize(self._incoming)
 
-        class Int8Quantize(ConversionOps):
-            """Float weight in, int8 weight and scale out, under transformers' names."""
-
-            def convert(op, input_dict, *args, full_layer_name=None, model=None, **kwargs):
-                ((_, tensor),) = input_dict.items()
-                tensor = tensor[0] if isinstance(tensor, list) else tensor
-                return quantizer._quantize(model, full_layer_name, tensor)
-
-        quantizer = self
-        return Int8Quantize()
-
-    @torch.no_grad()
-    def _quantize(self, model, full_name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """One weight. Errors are kept for the end: transformers would only log them here."""
-        module_name, _, name = full_name.rpartition(".")
-        module = model.get_submodule(module_name)
-        expected = getattr(module, name)
-        rows = module.to_rows(module, name, tensor)
-        q = torch.zeros(expected.shape, dtype=torch.int8)
-        scale = torch.zeros(expected.shape[:-1])
-        if rows.shape != expected.shape:
-            self._errors.append(
-                ValueError(
-                    f"{full_name} has shape {tuple(tensor.shape)} in the checkpoint, the model "
-                    f"has {tuple(module.to_rows(module, name, expected).shape)}"
-                )
-            )
-        else:
-            q, scale = quantize_rows(rows)
-            if not bool(torch.isfinite(scale).all()):
-                self._errors.append(not_finite(full_name))
-        if name == "weight":  # the only name that is ever tied
-            self._scales[module_name] = scale
-        self._bytes_since_trim += tensor.nbytes
-        if self._bytes_since_trim > TRIM_BYTES:
-            self._bytes_since_trim = 0
-            memory.trim()
-        return {full_name: nn.Parameter(q, requires_grad=False), f"{full_name}_scale": scale}
+    def update_weight_conversions(self, weight_conversions, *args):
+        if not self.pre_quantized:
+            merge_later(weight_conversions)
+        return weight_conversions
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         try:
-            if self._errors:
-                raise self._errors[0]
+            if self._incoming.errors:
+                raise self._incoming.errors[0]
             check_complete(model, scales=self.pre_quantized)
             self._restore_shared_scales(model)
             check_loaded(model)
         finally:
-            self._scales.clear()
+            self._incoming = Incoming()
         memory.trim()
         if not self.pre_quantized:
             model.gpu_poor_receipt = make_receipt(model, self._before, self._kept)
@@ -237,7 +193,8 @@ class GpuPoorQuantizer(HfQuantizer):
         transformers has filled what it takes for derived buffers with nothing. And it ties what
         has the same int8 weight, though rows that differ by a factor differ in the scale only.
         """
-        for name, scale in self._scales.items():
+        scales = self._incoming.scales
+        for name, scale in scales.items():
             model.get_submodule(name).own_scale("weight", scale)
         for name, owner in ties_of(model, scales=False).items():
             module, source = model.get_submodule(name), model.get_submodule(owner)
@@ -245,15 +202,15 @@ class GpuPoorQuantizer(HfQuantizer):
                 module.weight = nn.Parameter(module.weight.clone(), requires_grad=False)
                 model.all_tied_weights_keys.pop(f"{name}.weight", None)
                 continue
-            if name in self._scales and owner not in self._scales:  # the file has only lm_head's
-                source.own_scale("weight", self._scales[name])
+            if name in scales and owner not in scales:  # the file has lm_head's name only
+                source.own_scale("weight", scales[name])
             module.share_scale("weight", source.weight_scale)
 
     def _is_tied(self, model, name: str, owner: str) -> bool:
         if self.pre_quantized:
             ties = self.quantization_config.ties or {}
-            return any(candidate in ties for candidate in _candidates(model, name))
-        scales = self._scales.get(name), self._scales.get(owner)
+            return any(candidate in ties for candidate in candidates(model, name))
+        scales = self._incoming.scales.get(name), self._incoming.scales.get(owner)
         return None in scales or torch.equal(*scales)
 
     # -- what the model can do ---------------------------------------------------------------
@@ -277,176 +234,6 @@ class GpuPoorQuantizer(HfQuantizer):
 
     def _dequantize(self, model, dtype=None):
         return dequantize(model, dtype)
-
-
-# -- loading, step by step -----------------------------------------------------------------------
-
-
-def saved_targets(model: nn.Module, config: GpuPoorConfig) -> list[Target]:
-    """The modules of a float skeleton that a saved config lists.
-
-    Raises:
-        ValueError: the config lists none, or one that the model lacks or that is of another kind.
-    """
-    if not config.modules:
-        raise ValueError(f"{METHOD} config of a saved model lists no modules")
-    aliases: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(name)
-    targets = {}
-    for name, kind in config.modules.items():
-        module = _find(model, name)
-        if module is None:
-            continue
-        if kind_of(module) is not KINDS[kind]:
-            raise ValueError(
-                f"{METHOD} config: {name} was saved as {kind}, the model has a "
-                f"{type(module).__name__} there, which is none"
-            )
-        targets[id(module)] = Target(aliases[id(module)], module, KINDS[kind])
-    return list(targets.values())
-
-
-def _candidates(model: nn.Module, name: str) -> tuple[str, ...]:
-    """The names that ``name`` may have where the base model is saved or loaded on its own."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    return (name, name.removeprefix(prefix), prefix + name)
-
-
-def _find(model: nn.Module, name: str) -> nn.Module | None:
-    """The module a saved name means; None for a head that this class of model does not have."""
-    for candidate in _candidates(model, name):
-        try:
-            return model.get_submodule(candidate)
-        except AttributeError:
-            pass
-    saved_as = getattr(model.config, "architectures", None) or []
-    base = getattr(model, "base_model_prefix", "")
-    if type(model).__name__ not in saved_as and not name.startswith(f"{base}."):
-        return None
-    raise ValueError(f"{METHOD} config: the model has no module {name!r}")
-
-
-def tie_skeleton(model: nn.Module, ties: dict[str, str] | None) -> None:
-    """Make tied parameters one object, as they are in a model with data.
-
-    While transformers builds a skeleton, its own ``tie_weights`` does nothing.
-
-    Args:
-        ties: those of a saved config, so that no others are made; None to make all.
-    """
-    for name, source in model.all_tied_weights_keys.items():
-        module_name, _, leaf = name.rpartition(".")
-        named = ties is None or any(c in ties for c in _candidates(model, module_name))
-        if named or leaf != "weight":
-            setattr(model.get_submodule(module_name), leaf, model.get_parameter(source))
-
-
-def swap_skeleton(
-    model: nn.Module, targets: list[Target], config: GpuPoorConfig, dtype: torch.dtype | None
-) -> None:
-    """Swap the modules of a skeleton without data for quantized ones without data.
-
-    Args:
-        dtype: of their weights until the real ones come; None keeps the float one. Before 5.6 or
-            so transformers casts what it reads to this, also what it will have quantized.
-    """
-    empty = {}
-    for target in targets:
-        for name, weight in target.weights().items():
-            rows = target.kind.to_rows(target.module, name, weight)
-            q = torch.empty(rows.shape, dtype=dtype or weight.dtype, device=weight.device)
-            scale = torch.empty(rows.shape[:-1], dtype=torch.float32, device=weight.device)
-            empty.setdefault(id(weight), (nn.Parameter(q, requires_grad=False), scale))
-    swap(model, targets, empty, config.activation)
-    for name, mode in (config.activations or {}).items():
-        if (module := _find(model, name)) is not None:
-            module.activation = mode
-    share_scales(model)
-
-
-def check_files(model: nn.Module, files: list[str]) -> None:
-    """Check by their headers that the files hold every int8 weight and scale of a skeleton.
-
-    Raises:
-        ValueError: a file is no safetensors, truncated or corrupted; a tensor is missing, or has
-            another dtype or shape.
-    """
-    header = read_headers(files)
-    tied = set(ties_of(model))
-    for module_name, module in model.named_modules():
-        if not isinstance(module, QuantizedModule) or module_name in tied:
-            continue
-        for name in module.weight_names:
-            for key, dtype in ((name, "I8"), (f"{name}_scale", "F32")):
-                full = f"{module_name}.{key}"
-                found = next((header[c] for c in _candidates(model, full) if c in header), None)
-                expected = (dtype, tuple(getattr(module, key).shape))
-                if found is None:
-                    raise ValueError(f"{full} is missing from the checkpoint")
-                if found != expected:
-                    raise ValueError(
-                        f"{full} is {found[0]} {found[1]} in the checkpoint, expected "
-                        f"{expected[0]} {expected[1]}"
-                    )
-
-
-def read_headers(files: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """``{tensor name: (dtype, shape)}`` of safetensors files, without reading their data."""
-    header = {}
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise ValueError(f"{file}: a {METHOD} model is saved as safetensors")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 - a safe_open is no dict
-                    tensor = opened.get_slice(key)
-                    header[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or corrupted: {error}") from error
-    return header
-
-
-def check_complete(model: nn.Module, scales: bool) -> None:
-    """Check that transformers has loaded every int8 weight (and scale) and filled in none.
-
-    It marks the tensors that it has loaded. If it marks none, this check cannot tell.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
-    found = {}
-    for module_name, module in model.named_modules():
-        if isinstance(module, QuantizedModule):
-            for name in module.weight_names:
-                found[f"{module_name}.{name}"] = getattr(module, name)
-                scale = f"{name}_scale"
-                if scales and scale not in module._non_persistent_buffers_set:
-                    found[f"{module_name}.{scale}"] = getattr(module, scale)
-    marked = {name for name, tensor in found.items() if hasattr(tensor, "_is_hf_initialized")}
-    if marked and (lacking := sorted(set(found) - marked)):
-        raise ValueError(f"{lacking[0]} was not in the checkpoint")
-
-
-def check_loaded(model: nn.Module) -> None:
-    """Check the data of a loaded model.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
-    for module_name, module in model.named_modules():
-        if not isinstance(module, QuantizedModule):
-            continue
-        for name in module.weight_names:
-            weight, scale = getattr(module, name), getattr(module, f"{name}_scale")
-            full = f"{module_name}.{name}"
-            if weight.dtype != torch.int8 or weight.device.type == "meta":
-                raise ValueError(f"{full} is {weight.dtype} on {weight.device}, expected int8")
-            if scale.dtype != torch.float32 or scale.shape != weight.shape[:-1]:
-                raise ValueError(f"{full}_scale is {scale.dtype} {tuple(scale.shape)}")
-            if not bool((scale >= 0).all()) or not bool(torch.isfinite(scale).all()):
-                raise ValueError(f"{full}_scale holds a negative number, a NaN or an infinity")
-    check_finite((n, p.detach()) for n, p in model.named_parameters() if p.device.type != "meta")
 
 
 # -- models in memory ----------------------------------------------------------------------------

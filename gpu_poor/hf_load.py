@@ -1,0 +1,184 @@
+"""Loading a quantized folder with transformers, step by step: skeleton, files, data.
+
+``config`` is a :class:`gpu_poor.hf.GpuPoorConfig` throughout. Nothing in it is imported or
+executed: names are looked up in the model, kinds in :data:`gpu_poor.nn.KINDS`.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from gpu_poor.nn import KINDS, QuantizedModule, kind_of
+from gpu_poor.plan import Target, share_scales, ties_of
+from gpu_poor.quantize import check_finite, swap
+
+METHOD = "gpu-poor"
+
+
+def saved_targets(model: nn.Module, config) -> list[Target]:
+    """The modules of a float skeleton that a saved config lists.
+
+    Raises:
+        ValueError: the config lists none, or one that the model lacks or that is of another kind.
+    """
+    if not config.modules:
+        raise ValueError(f"{METHOD} config of a saved model lists no modules")
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+    targets = {}
+    for name, kind in config.modules.items():
+        module = find(model, name)
+        if module is None:
+            continue
+        if kind_of(module) is not KINDS[kind]:
+            raise ValueError(
+                f"{METHOD} config: {name} was saved as {kind}, the model has a "
+                f"{type(module).__name__} there, which is none"
+            )
+        targets[id(module)] = Target(aliases[id(module)], module, KINDS[kind])
+    return list(targets.values())
+
+
+def candidates(model: nn.Module, name: str) -> tuple[str, ...]:
+    """The names that ``name`` may have where the base model is saved or loaded on its own."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return (name, name.removeprefix(prefix), prefix + name)
+
+
+def find(model: nn.Module, name: str) -> nn.Module | None:
+    """The module a saved name means; None for a head that this class of model does not have."""
+    for candidate in candidates(model, name):
+        try:
+            return model.get_submodule(candidate)
+        except AttributeError:
+            pass
+    saved_as = getattr(model.config, "architectures", None) or []
+    base = getattr(model, "base_model_prefix", "")
+    if type(model).__name__ not in saved_as and not name.startswith(f"{base}."):
+        return None
+    raise ValueError(f"{METHOD} config: the model has no module {name!r}")
+
+
+def tie_skeleton(model: nn.Module, ties: dict[str, str] | None) -> None:
+    """Make tied parameters one object, as they are in a model with data.
+
+    While transformers builds a skeleton, its own ``tie_weights`` does nothing.
+
+    Args:
+        ties: those of a saved config, so that no others are made; None to make all.
+    """
+    for name, source in model.all_tied_weights_keys.items():
+        module_name, _, leaf = name.rpartition(".")
+        named = ties is None or any(c in ties for c in candidates(model, module_name))
+        if named or leaf != "weight":
+            setattr(model.get_submodule(module_name), leaf, model.get_parameter(source))
+
+
+def swap_skeleton(
+    model: nn.Module, targets: list[Target], config, dtype: torch.dtype | None
+) -> None:
+    """Swap the modules of a skeleton without data for quantized ones without data.
+
+    Args:
+        dtype: of their weights until the real ones come; None keeps the float one. Before 5.6 or
+            so transformers casts what it reads to this, also what it will have quantized.
+    """
+    empty = {}
+    for target in targets:
+        for name, weight in target.weights().items():
+            rows = target.kind.to_rows(target.module, name, weight)
+            q = torch.empty(rows.shape, dtype=dtype or weight.dtype, device=weight.device)
+            scale = torch.empty(rows.shape[:-1], dtype=torch.float32, device=weight.device)
+            empty.setdefault(id(weight), (nn.Parameter(q, requires_grad=False), scale))
+    swap(model, targets, empty, config.activation)
+    for name, mode in (config.activations or {}).items():
+        if (module := find(model, name)) is not None:
+            module.activation = mode
+    share_scales(model)
+
+
+def check_files(model: nn.Module, files: list[str]) -> None:
+    """Check by their headers that the files hold every int8 weight and scale of a skeleton.
+
+    Raises:
+        ValueError: a file is no safetensors, truncated or corrupted; a tensor is missing, or has
+            another dtype or shape.
+    """
+    header = read_headers(files)
+    tied = set(ties_of(model))
+    for module_name, module in model.named_modules():
+        if not isinstance(module, QuantizedModule) or module_name in tied:
+            continue
+        for name in module.weight_names:
+            for key, dtype in ((name, "I8"), (f"{name}_scale", "F32")):
+                full = f"{module_name}.{key}"
+                found = next((header[c] for c in candidates(model, full) if c in header), None)
+                expected = (dtype, tuple(getattr(module, key).shape))
+                if found is None:
+                    raise ValueError(f"{full} is missing from the checkpoint")
+                if found != expected:
+                    raise ValueError(
+                        f"{full} is {found[0]} {found[1]} in the checkpoint, expected "
+                        f"{expected[0]} {expected[1]}"
+                    )
+
+
+def read_headers(files: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """``{tensor name: (dtype, shape)}`` of safetensors files, without reading their data."""
+    header = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{file}: a {METHOD} model is saved as safetensors")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - a safe_open is no dict
+                    tensor = opened.get_slice(key)
+                    header[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or corrupted: {error}") from error
+    return header
+
+
+def check_complete(model: nn.Module, scales: bool) -> None:
+    """Check that transformers has loaded every int8 weight (and scale) and filled in none.
+
+    It marks the tensors that it has loaded. If it marks none, this check cannot tell.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    found = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            for name in module.weight_names:
+                found[f"{module_name}.{name}"] = getattr(module, name)
+                scale = f"{name}_scale"
+                if scales and scale not in module._non_persistent_buffers_set:
+                    found[f"{module_name}.{scale}"] = getattr(module, scale)
+    marked = {name for name, tensor in found.items() if hasattr(tensor, "_is_hf_initialized")}
+    if marked and (lacking := sorted(set(found) - marked)):
+        raise ValueError(f"{lacking[0]} was not in the checkpoint")
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Check the data of a loaded model.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for module_name, module in model.named_modules():
+        if not isinstance(module, QuantizedModule):
+            continue
+        for name in module.weight_names:
+            weight, scale = getattr(module, name), getattr(module, f"{name}_scale")
+            full = f"{module_name}.{name}"
+            if weight.dtype != torch.int8 or weight.device.type == "meta":
+                raise ValueError(f"{full} is {weight.dtype} on {weight.device}, expected int8")
+            if scale.dtype != torch.float32 or scale.shape != weight.shape[:-1]:
+                raise ValueError(f"{full}_scale is {scale.dtype} {tuple(scale.shape)}")
+            if not bool((scale >= 0).all()) or not bool(torch.isfinite(scale).all()):
+                raise ValueError(f"{full}_scale holds a negative number, a NaN or an infinity")
+    check_finite((n, p.detach()) for n, p in model.named_parameters() if p.device.type != "meta")

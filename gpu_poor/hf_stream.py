@@ -1,0 +1,141 @@
+"""Quantizing while transformers loads: what is done to each tensor it reads from a checkpoint.
+
+transformers reads one target tensor at a time, so the float weight of one is all that is ever in
+memory, next to the int8 ones so far. Experts come one by one from the files: transformers would
+merge a layer's into one tensor, three times over; :func:`merge_later` has them quantized apart.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist
+
+from gpu_poor import memory
+from gpu_poor.nn import QuantizedModule
+from gpu_poor.nn.base import quantize_rows
+from gpu_poor.quantize import not_finite
+
+#: Give freed memory back each time this many bytes of float weights have been quantized.
+TRIM_BYTES = 1 << 29
+
+
+def is_quantized_weight(model: nn.Module, name: str) -> bool:
+    """Whether a parameter name is that of an int8 weight."""
+    module_name, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:
+        return False
+    return isinstance(module, QuantizedModule) and leaf in module.weight_names
+
+
+@dataclass
+class Incoming:
+    """What one load has brought so far."""
+
+    #: Scales of the weights that can be tied, by module name.
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    #: Raised after loading: transformers would only log what is raised in between.
+    errors: list[ValueError] = field(default_factory=list)
+    bytes_since_trim: int = 0
+
+    @torch.no_grad()
+    def quantize(self, model: nn.Module, full_name: str, value: Tensor | list) -> dict:
+        """``{name: int8 Parameter, name_scale: float32}`` of one weight.
+
+        Args:
+            value: the float weight, or the pieces of fused experts: a list per projection of a
+                list per expert.
+        """
+        module_name, _, name = full_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        expected = getattr(module, name)
+        if isinstance(value, list):
+            q, scale = self._pieces(full_name, value, expected.shape)
+        else:
+            q, scale = self._whole(full_name, module.to_rows(module, name, value), expected.shape)
+        if name == "weight":  # the only name that is ever tied
+            self.scales[module_name] = scale
+        self.bytes_since_trim += 4 * q.numel()
+        if self.bytes_since_trim > TRIM_BYTES:
+            self.bytes_since_trim = 0
+            memory.trim()
+        return {full_name: nn.Parameter(q, requires_grad=False), f"{full_name}_scale": scale}
+
+    def _whole(self, name: str, rows: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        if rows.shape != shape:
+            self.errors.append(
+                ValueError(
+                    f"{name} has shape {tuple(rows.shape)} in the checkpoint, expected "
+                    f"{tuple(shape)} (as rows of the int8 weight)"
+                )
+            )
+            return torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[:-1])
+        q, scale = quantize_rows(rows)
+        if not bool(torch.isfinite(scale).all()):
+            self.errors.append(not_finite(name))
+        return q, scale
+
+    def _pieces(self, name: str, value: list, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        q, scale = torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1])
+        experts, rows, columns = shape
+        if {len(projection) for projection in value} != {experts}:
+            self.errors.append(
+                ValueError(
+                    f"{name}: the checkpoint has {[len(p) for p in value]} experts, the model "
+                    f"has {experts}"
+                )
+            )
+            return q.zero_(), scale.zero_()
+        n = rows // len(value)
+        for i, projection in enumerate(value):
+            for expert in range(experts):
+                # Let go of each piece once it is int8.
+                piece, projection[expert] = projection[expert], None
+                at = expert, slice(i * n, (i + 1) * n)
+                full = f"{name}[{expert}]"
+                q[at], scale[at] = self._whole(full, piece, torch.Size((n, columns)))
+        return q, scale
+
+
+class Int8Quantize(ConversionOps):
+    """Float weight in, int8 weight and scale out, under transformers' names."""
+
+    def __init__(self, incoming: Incoming):
+        self.incoming = incoming
+
+    def convert(self, input_dict, *args, full_layer_name=None, model=None, **kwargs):
+        ((_, value),) = input_dict.items()
+        if isinstance(value, list) and isinstance(value[0], Tensor):
+            value = value[0]
+        return self.incoming.quantize(model, full_layer_name, value)
+
+
+class MergeLater(ConversionOps):
+    """Hands on the pieces of experts that will be int8; merges others as transformers does."""
+
+    def __init__(self, operations: list[ConversionOps]):
+        self.operations = operations
+
+    def convert(self, input_dict, *args, full_layer_name=None, model=None, **kwargs):
+        if is_quantized_weight(model, full_layer_name):
+            sources = [s for s in kwargs["source_patterns"] if s in input_dict]
+            return {kwargs["target_patterns"][0]: [input_dict.pop(s) for s in sources]}
+        kwargs |= {"full_layer_name": full_layer_name, "model": model}
+        for operation in self.operations:
+            input_dict = operation.convert(input_dict, *args, **kwargs)
+        return input_dict
+
+
+def merge_later(conversions: list) -> None:
+    """Replace, in place, the merging of experts ``[N, K]`` into ``[E, sum of N, K]``."""
+    for conversion in conversions:
+        operations = getattr(conversion, "operations", [])
+        kinds = [type(operation) for operation in operations]
+        dims = [getattr(operation, "dim", None) for operation in operations]
+        if (kinds, dims) in (
+            ([MergeModulelist], [0]),
+            ([MergeModulelist, Concatenate], [0, 1]),
+        ):
+            conversion.operations = [MergeLater(operations)]
