@@ -294,6 +294,9 @@ def test_streaming_peak_is_the_int8_model_and_one_tensor(name, tmp_path):
 
     The largest tensor is the embedding: the experts of a Mixtral layer, once merged, are larger.
     """
+    hook = hasattr(transformers.quantizers.HfQuantizer, "update_weight_conversions")
+    if name == "mixtral" and not hook:
+        pytest.skip("this transformers merges experts before a quantizer sees them")
     changes = {
         "llama": {"hidden_size": 768, "intermediate_size": 2816},
         "mixtral": {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 16},
