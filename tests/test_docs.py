@@ -51,7 +51,7 @@ def test_readme_shows_the_receipt():
 
 def test_readme_is_short_and_has_the_tables():
     assert len(README.splitlines()) < 200
-    for name in ("summary", "speed", "quality", "peers"):
+    for name in ("summary", "quality", "peers"):
         assert re.search(rf"^<!-- results:{name} -->\n.*?^<!-- /results -->$", README, re.M | re.S)
 
 
