@@ -32,7 +32,8 @@ def saved(tmp_path, name="llama-tied", **options):
 def test_round_trip_has_equal_bits(model_name, tmp_path):
     model, folder = saved(tmp_path, model_name)
     expected = logits(model)
-    loaded = load_class(model_name).from_pretrained(folder)
+    loaded, info = load_class(model_name).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info  # nothing missing, unexpected or mismatched
     assert torch.equal(logits(loaded), expected)
     assert memory.parameter_bytes(loaded) == memory.parameter_bytes(model)
     assert loaded.state_dict().keys() == model.state_dict().keys()
@@ -45,10 +46,10 @@ def test_quantizing_while_loading_equals_in_memory(model_name, tmp_path):
     model = make_model(model_name)
     model.save_pretrained(tmp_path / "float")
     quantize(model, verbose=False)
-    streamed = load_class(model_name).from_pretrained(
-        tmp_path / "float",
-        quantization_config=GpuPoorConfig(bits=8),
+    streamed, info = load_class(model_name).from_pretrained(
+        tmp_path / "float", quantization_config=GpuPoorConfig(bits=8), output_loading_info=True
     )
+    assert not any(info.values()), info
     assert torch.equal(logits(streamed), logits(model))
     assert streamed.state_dict().keys() == model.state_dict().keys()
     config, expected = streamed.config.quantization_config, model.config.quantization_config
@@ -90,6 +91,21 @@ def test_scales_stay_float32_whatever_dtype_is_asked_for(dtype, tmp_path):
     assert logits(loaded).dtype == dtype
     expected = model.get_submodule("model.layers.0.mlp.up_proj").weight_scale
     assert torch.equal(scales["model.layers.0.mlp.up_proj.weight_scale"], expected)
+
+
+@pytest.mark.parametrize("options", [{"device_map": "cpu"}, {"device_map": "auto"}, {}])
+def test_sharded_folders_and_device_maps(options, tmp_path):
+    if options:
+        pytest.importorskip("accelerate")
+    model = make_model("mixtral")
+    model.save_pretrained(tmp_path / "float", max_shard_size="300KB")
+    quantize(model, verbose=False)
+    model.save_pretrained(tmp_path / "int8", max_shard_size="100KB")
+    assert len(list((tmp_path / "int8").glob("*.safetensors"))) > 2
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    assert torch.equal(logits(load(tmp_path / "int8", **options)), logits(model))
+    streamed = load(tmp_path / "float", quantization_config=GpuPoorConfig(), **options)
+    assert torch.equal(logits(streamed), logits(model))
 
 
 def test_load_is_plain_from_pretrained(tmp_path):
