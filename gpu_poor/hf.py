@@ -180,10 +180,11 @@ class GpuPoorQuantizer(HfQuantizer):
             check_loaded(model)
         finally:
             self._incoming = Incoming()
-        memory.trim()
         if not self.pre_quantized:
+            memory.leave_files(model)
             model.gpu_poor_receipt = make_receipt(model, self._before, self._kept)
             self.pre_quantized = True
+        memory.trim()
         _attach(model, self)
         return model
 

@@ -111,6 +111,43 @@ def rss() -> dict[str, int]:
     return found
 
 
+def _mapped_files() -> list[tuple[int, int]]:
+    """Address ranges of this process that are pages of files; empty where that is unknown."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    ranges = []
+    for line in maps.read_text().splitlines():
+        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0":
+            start, _, end = addresses.partition("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    return ranges
+
+
+@torch.no_grad()
+def leave_files(model: nn.Module) -> int:
+    """Copy the float tensors of a model that lie in mapped files to the heap.
+
+    Tensors loaded by transformers are views of the mapped checkpoint, and a single bias keeps the
+    whole of it mapped and resident. Once the matrices are int8, the rest is better copied.
+
+    Returns:
+        How many bytes were copied.
+    """
+    ranges = _mapped_files()
+    copies: dict[tuple, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_floating_point() or tensor.device.type != "cpu" or not tensor.numel():
+            continue
+        if any(start <= tensor.data_ptr() < end for start, end in ranges):
+            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if key not in copies:
+                copies[key] = tensor.detach().clone()
+            tensor.data = copies[key]  # the same Parameter object: ties and optimizers hold it
+    return sum(copy.nbytes for copy in copies.values())
+
+
 def trim() -> bool:
     """Give freed heap pages back to the system (glibc's ``malloc_trim``).
 

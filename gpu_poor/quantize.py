@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ def quantize(
     swap(model, plan.targets, quantize_weights(plan, progress), activation)
     share_scales(model)
     del plan  # the last reference to the float weights
+    memory.leave_files(model)
     memory.trim()
     seconds = time.perf_counter() - started
     model.gpu_poor_receipt = make_receipt(model, before, kept, seconds)
@@ -184,21 +186,41 @@ def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
         disable=not show,
     )
 
-    def work(item: tuple[Target, str, Tensor]) -> tuple[Tensor, Tensor]:
-        target, name, weight = item
-        return quantize_rows(target.kind.to_rows(target.module, name, weight.detach()))
+    rows = {key: t.kind.to_rows(t.module, n, w.detach()) for key, (t, n, w) in weights.items()}
+    scratch = _scratch(list(rows.values()))
+
+    def work(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        buffer = scratch.get()
+        try:
+            return quantize_rows(matrix, buffer)
+        finally:
+            scratch.put(buffer)
 
     done: Quantized = {}
-    # torch transposes (Conv1D) on one core: two weights at a time keep a second one busy.
-    with bar, ThreadPoolExecutor(min(2, torch.get_num_threads())) as pool:
-        results = pool.map(work, weights.values())
-        for (key, (target, name, weight)), (q, scale) in zip(weights.items(), results, strict=True):
+    with bar, ThreadPoolExecutor(scratch.qsize()) as pool:
+        for key, (q, scale) in zip(rows, pool.map(work, rows.values()), strict=True):
+            target, name, weight = weights[key]
             if not bool(torch.isfinite(scale).all()):
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise not_finite(f"{target.name}.{name}")
             done[key] = nn.Parameter(q, requires_grad=False), scale
             bar.update(weight.nbytes)
     return done
+
+
+def _scratch(rows: list[Tensor]) -> SimpleQueue:
+    """A buffer for each worker, large enough for the largest matrix that has to be transposed.
+
+    torch transposes (Conv1D) on one core, so two workers take half the time. The buffers are
+    made here, for glibc does not give back what threads of the past have freed.
+    """
+    strided = [m[0] if m.dim() == 3 else m for m in rows if not m.is_contiguous()]
+    queue = SimpleQueue()
+    for _ in range(min(2, torch.get_num_threads())):
+        n_bytes = max((m.nbytes for m in strided), default=0)
+        device = strided[0].device if strided else "cpu"
+        queue.put(torch.empty(n_bytes, dtype=torch.uint8, device=device) if n_bytes else None)
+    return queue
 
 
 def swap(model: nn.Module, targets: list[Target], quantized: Quantized, activation: str) -> None:

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import logits, make_model
 from torch import nn
 
+import gpu_poor
 from gpu_poor import memory, quantize
 
 
@@ -89,6 +90,44 @@ def test_rss_tells_file_pages_from_heap(tmp_path):
     after = memory.rss()
     assert after["file"] - before["file"] > 15e6 or after["anon"] - before["anon"] < 2e6
     assert after["anon"] - before["anon"] < 4e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("way", ["in memory", "while loading"])
+def test_no_page_of_the_float_checkpoint_stays_mapped(way, tmp_path):
+    """One bias that is a view of the file would keep all of it resident."""
+    transformers = pytest.importorskip("transformers")
+    make_model("gpt2").save_pretrained(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    file = str(tmp_path / "model.safetensors")
+    model = load(tmp_path)
+    with open("/proc/self/maps") as maps:
+        assert file in maps.read()
+    del model
+    if way == "in memory":
+        model = quantize(load(tmp_path), verbose=False)
+    else:
+        model = load(tmp_path, quantization_config=gpu_poor.GpuPoorConfig())
+    with open("/proc/self/maps") as maps:
+        assert file not in maps.read()
+    assert logits(model).isfinite().all()
+
+
+def test_leave_files_keeps_parameters_and_ties(tmp_path):
+    values = torch.arange(8.0)
+    values.numpy().tofile(tmp_path / "data")
+    mapped = torch.from_file(str(tmp_path / "data"), shared=True, size=8)
+    model = nn.Module()
+    model.a = nn.Parameter(mapped)
+    model.b = nn.Parameter(mapped)  # another object on the same memory
+    model.c = nn.Parameter(torch.ones(3))
+    before, heap = dict(model.named_parameters()), model.c.data_ptr()
+    copied = memory.leave_files(model)
+    assert copied == (32 if sys.platform == "linux" else 0)
+    assert all(p is before[n] for n, p in model.named_parameters())
+    assert torch.equal(model.a, values) and model.a.data_ptr() == model.b.data_ptr()
+    assert model.a.data_ptr() != mapped.data_ptr() or copied == 0
+    assert model.c.data_ptr() == heap
 
 
 def test_trim_gives_back_small_blocks():

@@ -48,15 +48,24 @@ def is_plain(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not hasattr(module, "parametrizations")
 
 
-def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 ``[..., N, K]`` and float32 scales ``[..., N]`` of float rows with any strides."""
-    if rows.is_contiguous() or rows.dim() == 2:
+def quantize_rows(rows: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """int8 ``[..., N, K]`` and float32 scales ``[..., N]`` of float rows with any strides.
+
+    Args:
+        scratch: bytes to make a matrix with other strides contiguous in, at least its size.
+    """
+    if rows.is_contiguous():
+        return ops.int8_quantize(rows)
+    if rows.dim() == 2:
         # All at once: torch transposes a whole matrix four times faster than blocks of one.
-        return ops.int8_quantize(rows.contiguous())
+        if scratch is None or scratch.device != rows.device:
+            return ops.int8_quantize(rows.contiguous())
+        dense = scratch[: rows.nbytes].view(rows.dtype).view(rows.shape)
+        return ops.int8_quantize(dense.copy_(rows))
     weight = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     scale = torch.empty(rows.shape[:-1], dtype=torch.float32, device=rows.device)
     for i, matrix in enumerate(rows):  # one expert at a time, to copy no more than one
-        weight[i], scale[i] = quantize_rows(matrix)
+        weight[i], scale[i] = quantize_rows(matrix, scratch)
     return weight, scale
 
 
