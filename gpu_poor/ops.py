@@ -113,8 +113,10 @@ def _check_weight(op: str, weight: Tensor, scale: Tensor) -> None:
     )
     torch._check(
         scale.dtype == torch.float32 and scale.shape == weight.shape[:-1],
-        lambda: f"{op}: scale must be float32 {tuple(weight.shape[:-1])}, one per weight row, "
-        f"got {scale.dtype} {tuple(scale.shape)}",
+        lambda: (
+            f"{op}: scale must be float32 {tuple(weight.shape[:-1])}, one per weight row, "
+            f"got {scale.dtype} {tuple(scale.shape)}"
+        ),
     )
 
 
@@ -138,8 +140,10 @@ def _(x, weight, scale, bias, activation_bits):
     _check_weight("int8_linear", weight, scale)
     torch._check(
         weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[1],
-        lambda: f"int8_linear: x {tuple(x.shape)} does not end in K of weight [N, K] "
-        f"{tuple(weight.shape)}",
+        lambda: (
+            f"int8_linear: x {tuple(x.shape)} does not end in K of weight [N, K] "
+            f"{tuple(weight.shape)}"
+        ),
     )
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 

@@ -30,9 +30,7 @@ def test_channel_stats_nan_and_empty(isa):
 
 def test_channel_stats_accepts_leading_dimensions_and_strides(isa):
     x = heavy_tailed(24, 10)
-    for got, want in zip(
-        ops.channel_stats(x.view(2, 12, 10)), ops.channel_stats(x), strict=True
-    ):
+    for got, want in zip(ops.channel_stats(x.view(2, 12, 10)), ops.channel_stats(x), strict=True):
         assert_equal(got, want)
     columns = x.t().contiguous().t()
     for got, want in zip(ops.channel_stats(columns), ops.channel_stats(x), strict=True):
