@@ -150,10 +150,10 @@ std::tuple<Tensor, Tensor> int8_quantize(const Tensor &weight)
     float *scales = static_cast<float *>(scale.data_ptr());
     const int64_t size = type == GP_F32 ? 4 : 2;
     parallel(n, 1, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-            int32_t sum[2];
-            scales[i] = gp.int8_quantize_row(in + i * K * size, type, K, 1, out + i * K, K, sum);
-        }
+        std::unique_ptr<int16_t[]> fixed(new int16_t[static_cast<size_t>(K)]);
+        for (int64_t i = begin; i < end; i++)
+            scales[i] = gp.int8_quantize_weight_row(in + i * K * size, type, K, out + i * K,
+                                                    fixed.get());
     });
     return {q, scale};
 }

@@ -60,6 +60,26 @@ GP_INLINE uint16_t gp_float_to_f16(float x)
     return (uint16_t)(sign | ((rest + 0xfffu + (rest >> 13 & 1) - 0x38000000u) >> 13));
 }
 
+/* The int8 of a 16-bit fixed point weight under a clip: fixed * (128 + clip) / 2^15, half up (what
+ * vpmulhrsw does), saturated. */
+GP_INLINE int32_t gp_clipped(int16_t fixed, int clip)
+{
+    int32_t v = (fixed * (128 + clip) + 0x4000) >> 15;
+    return v > 127 ? 127 : v < -127 ? -127 : v;
+}
+
+/* Keep the clip with the largest <x, q>^2 / <q, q>. Each operation is rounded once, everywhere. */
+GP_INLINE void gp_choose_clip(int64_t xq, int64_t qq, int clip, double *best, double *best_ratio,
+                              int *best_clip)
+{
+    double ratio = (double)xq / (double)qq, score = ratio * (double)xq;
+    if (score > *best) {
+        *best = score;
+        *best_ratio = ratio;
+        *best_clip = clip;
+    }
+}
+
 GP_INLINE float gp_load(const void *x, gp_dtype type, int64_t i)
 {
     if (type == GP_F32) return ((const float *)x)[i];

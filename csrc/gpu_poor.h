@@ -30,6 +30,12 @@ typedef enum { GP_F32, GP_BF16, GP_F16 } gp_dtype;
  * Not 254 * 127 + 127 = 32385, whose high plane would round to 128. */
 #define GP_Q_MAX(planes) ((planes) == 1 ? 127.0f : 32384.0f)
 
+/* A weight row is first rounded to 16 bits, 256 to a step of the plain int8 grid: |fixed| <= 127 * 256.
+ * Clip i makes the steps 128 / (128 + i) as large, and saturates what no longer fits: the range is
+ * 100 % to 89.5 % of the largest magnitude. */
+#define GP_FIXED_MAX 32512.0f
+#define GP_CLIPS 16
+
 /* One int8 linear: y[m][n] = (t * x_scale[m]) * w_scale[n] + bias[n], where t is the float of the
  * exact integer dot product (a8), or 254 * (float)high + (float)low (a16): each operation rounded
  * once, in that order, no fused multiply-add. */
@@ -70,6 +76,10 @@ typedef struct {
     X(int8_quantize_row, float,                                                                   \
       (const void *x, gp_dtype type, int64_t K, int planes, int8_t *q, int64_t stride,            \
        int32_t *sum))                                                                             \
+    /* One row of a weight, symmetric, with the scale of least squared error among GP_CLIPS; see   \
+     * csrc/int8.c. fixed is scratch for K elements. Scale 0, or NaN, and zeros as above. */       \
+    X(int8_quantize_weight_row, float,                                                            \
+      (const void *x, gp_dtype type, int64_t K, int8_t *q, int16_t *fixed))                       \
     /* Columns [n0, n1) of the linear. */                                                         \
     X(int8_linear, void, (const gp_int8_linear *a, int64_t n0, int64_t n1))                       \
     /* Rows [16 b, 16 b + 16) of x, per plane, as AMX tiles: packed[b][plane][K_pad/64][16 quads  \

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
  * Reference int8 kernels: plain C, the specification of every faster version.
- * Per-row symmetric absmax quantization of weights and of activations (per token), as in
- * Dettmers et al., LLM.int8() (arXiv:2208.07339), eq. 1; the two-plane activations are ours,
+ * Per-row symmetric absmax quantization of activations (per token) as in Dettmers et al.,
+ * LLM.int8() (arXiv:2208.07339), eq. 1; the two-plane activations and the weights' search are ours,
  * derived in docs/kernels.md.
  */
 #include <math.h>
@@ -42,6 +42,42 @@ static float int8_quantize_row_ref(const void *x, gp_dtype type, int64_t K, int 
         sum[0] += q[k];
     }
     return scale;
+}
+
+/* Weights: the same grid q * scale, but the scale of least squared error. For a grid point vector q
+ * the best scale is <x, q> / <q, q>, and leaves the error |x|^2 - <x, q>^2 / <q, q>. So of GP_CLIPS
+ * ranges, from absmax down, the one with the largest <x, q>^2 / <q, q> is taken, the first if equal.
+ * Integers throughout (x in 16-bit fixed point), so no ISA sums differently; the largest sums,
+ * 32512 * 127 * K, are exact in double up to K = 2^31. Measured as mean KL on stories260k, windows of
+ * 512: absmax 7.3e-4, this 6.8e-4; a refit scale without a search 7.2e-4. */
+static float int8_quantize_weight_row_ref(const void *x, gp_dtype type, int64_t K, int8_t *q,
+                                          int16_t *fixed)
+{
+    uint32_t bits = 0;
+    for (int64_t k = 0; k < K; k++) {
+        uint32_t b = gp_bits(gp_load(x, type, k)) & 0x7fffffffu;
+        bits = b > bits ? b : bits;
+    }
+    float absmax = gp_from_bits(bits);
+    if (bits >= 0x7f800000u || absmax <= GP_TINY) {
+        memset(q, 0, (size_t)K);
+        return bits >= 0x7f800000u ? NAN : 0.0f;
+    }
+    float inverse = GP_FIXED_MAX / absmax;
+    for (int64_t k = 0; k < K; k++) fixed[k] = (int16_t)rintf(gp_load(x, type, k) * inverse);
+    double best = -1, best_ratio = 0;
+    int best_clip = 0;
+    for (int clip = 0; clip < GP_CLIPS; clip++) {
+        int64_t xq = 0, qq = 0;
+        for (int64_t k = 0; k < K; k++) {
+            int32_t v = gp_clipped(fixed[k], clip);
+            xq += fixed[k] * v;
+            qq += v * v;
+        }
+        gp_choose_clip(xq, qq, clip, &best, &best_ratio, &best_clip);
+    }
+    for (int64_t k = 0; k < K; k++) q[k] = (int8_t)gp_clipped(fixed[k], best_clip);
+    return (float)(best_ratio * (double)absmax / (double)GP_FIXED_MAX);
 }
 
 static int64_t dot(const int8_t *a, const int8_t *b, int64_t K)
@@ -110,6 +146,7 @@ void gp_gram_ref(const float *, int64_t, int64_t, int64_t, int64_t, float *);
 const gp_impl gp_impl_ref = {
     .name = "ref",
     .int8_quantize_row = int8_quantize_row_ref,
+    .int8_quantize_weight_row = int8_quantize_weight_row_ref,
     .int8_linear = gp_int8_linear_ref,
     .int8_pack = int8_pack_ref,
     .float_linear = float_linear_ref,

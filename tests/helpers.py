@@ -103,6 +103,27 @@ def quantize_rows(x, q_max: int) -> tuple[np.ndarray, np.ndarray]:
     return q, np.where(finite, scale, np.float32(np.nan)).astype(np.float32)
 
 
+def quantize_weight_rows(x) -> tuple[np.ndarray, np.ndarray]:
+    """The specification of weight quantization: the clip of least squared error, in integers.
+
+    Returns:
+        int64 ``[N, K]`` in [-127, 127] and float32 ``[N]``.
+    """
+    x = to_numpy(x).astype(np.float32)
+    fixed, step = quantize_rows(x, 127 * 256)
+    q, scale = np.zeros_like(fixed), step.copy()
+    for row in np.flatnonzero(step > 0):
+        best = -1.0
+        for clip in range(16):
+            candidate = np.clip((fixed[row] * (128 + clip) + 2**14) >> 15, -127, 127)
+            xq = float((fixed[row] * candidate).sum())
+            ratio = xq / float((candidate * candidate).sum())
+            if ratio * xq > best:
+                best, q[row] = ratio * xq, candidate
+                scale[row] = np.float32(ratio * float(np.abs(x[row]).max()) / 32512.0)
+    return q, scale
+
+
 def dequantize(weight, scale) -> np.ndarray:
     """``weight * scale`` per row in float64: ``[..., K]``."""
     return to_numpy(weight).astype(np.float64) * to_numpy(scale).astype(np.float64)[..., None]

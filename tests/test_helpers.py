@@ -79,6 +79,13 @@ def test_quantize_rows_by_hand():
     np.testing.assert_array_equal(scale, np.float32([2 / 127, 0, np.nan]))
 
 
+def test_quantize_weight_rows_by_hand():
+    x = np.float32([[127, -1, 0], [0, 0, 0], [1, np.inf, 0]])
+    q, scale = h.quantize_weight_rows(x)
+    np.testing.assert_array_equal(q, [[127, -1, 0], [0, 0, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(scale, np.float32([1, 0, np.nan]))
+
+
 def test_quantize_rows_errs_by_half_a_step():
     q, scale = h.quantize_rows(X, 127)
     assert np.abs(q).max(-1).tolist() == [127] * len(X)

@@ -68,6 +68,14 @@ INLINE int32_t add_lanes(__m256i v)
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
+INLINE uint32_t max_lane(__m256i v)
+{
+    uint32_t lanes[8], max = 0;
+    _mm256_storeu_si256((__m256i *)lanes, v);
+    for (int i = 0; i < 8; i++) max = lanes[i] > max ? lanes[i] : max;
+    return max;
+}
+
 INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
                           int64_t stride, int32_t *sum)
 {
@@ -78,9 +86,7 @@ INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, i
         __m256 v = k < K8 ? load8(x, type, k) : load_tail(x, type, k, K - k);
         top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(v), magnitude));
     }
-    uint32_t lanes[8], bits = 0;
-    _mm256_storeu_si256((__m256i *)lanes, top);
-    for (int i = 0; i < 8; i++) bits = lanes[i] > bits ? lanes[i] : bits;
+    uint32_t bits = max_lane(top);
     float absmax = gp_from_bits(bits), scale = 0, inverse = 0;
     int live = bits < 0x7f800000u && absmax > GP_TINY;
     if (live) {
@@ -119,6 +125,90 @@ TARGET static float int8_quantize_row_avx2(const void *x, gp_dtype type, int64_t
     CASE(GP_F32, 1) CASE(GP_F32, 2) CASE(GP_BF16, 1) CASE(GP_BF16, 2) CASE(GP_F16, 1)
 #undef CASE
     return quantize_row(x, GP_F16, K, 2, q, stride, sum);
+}
+
+/* q of 16 fixed point weights as int16. */
+INLINE __m256i clipped(__m256i fixed, int clip)
+{
+    __m256i v = _mm256_mulhrs_epi16(fixed, _mm256_set1_epi16((short)(128 + clip)));
+    v = _mm256_min_epi16(v, _mm256_set1_epi16(127));
+    return _mm256_max_epi16(v, _mm256_set1_epi16(-127));
+}
+
+/* Sixteen fixed point weights, zero beyond count. */
+INLINE __m256i load_fixed(const int16_t *fixed, int64_t count)
+{
+    if (count >= 16) return _mm256_loadu_si256((const __m256i *)fixed);
+    int16_t tail[16] = {0};
+    memcpy(tail, fixed, (size_t)count * 2);
+    return _mm256_loadu_si256((const __m256i *)tail);
+}
+
+/* Lanes of pairs reach 2 * 32512 * 127 a step: 2048 columns are 128 steps, 260 would overflow. */
+#define CLIP_BLOCK 2048
+
+INLINE int64_t add_lanes_wide(__m256i v)
+{
+    __m256i s = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(v)),
+                                 _mm256_cvtepi32_epi64(_mm256_extracti128_si256(v, 1)));
+    __m128i t = _mm_add_epi64(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    return _mm_cvtsi128_si64(t) + _mm_extract_epi64(t, 1);
+}
+
+INLINE float quantize_weight_row(const void *x, gp_dtype type, int64_t K, int8_t *q,
+                                 int16_t *fixed)
+{
+    const int64_t K8 = K / 8 * 8;
+    __m256i top = _mm256_setzero_si256();
+    for (int64_t k = 0; k < K; k += 8) {
+        __m256 v = k < K8 ? load8(x, type, k) : load_tail(x, type, k, K - k);
+        top = _mm256_max_epi32(
+            top, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));
+    }
+    uint32_t bits = max_lane(top);
+    float absmax = gp_from_bits(bits);
+    if (bits >= 0x7f800000u || absmax <= GP_TINY) {
+        memset(q, 0, (size_t)K);
+        return bits >= 0x7f800000u ? NAN : 0.0f;
+    }
+    const __m256 inverse = _mm256_set1_ps(GP_FIXED_MAX / absmax);
+    for (int64_t k = 0; k < K; k += 8) {
+        __m256 v = k < K8 ? load8(x, type, k) : load_tail(x, type, k, K - k);
+        __m256i r = _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse));
+        __m128i s = _mm_packs_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+        memcpy(fixed + k, &s, (size_t)gp_min(K - k, 8) * 2);
+    }
+    double best = -1, best_ratio = 0;
+    int best_clip = 0;
+    for (int clip = 0; clip < GP_CLIPS; clip++) {
+        int64_t xq = 0, qq = 0;
+        for (int64_t k0 = 0; k0 < K; k0 += CLIP_BLOCK) {
+            int64_t k1 = gp_min(k0 + CLIP_BLOCK, K);
+            __m256i xq8 = _mm256_setzero_si256(), qq8 = xq8;
+            for (int64_t k = k0; k < k1; k += 16) {
+                __m256i f = load_fixed(fixed + k, K - k), v = clipped(f, clip);
+                xq8 = _mm256_add_epi32(xq8, _mm256_madd_epi16(f, v));
+                qq8 = _mm256_add_epi32(qq8, _mm256_madd_epi16(v, v));
+            }
+            xq += add_lanes_wide(xq8);
+            qq += add_lanes_wide(qq8);
+        }
+        gp_choose_clip(xq, qq, clip, &best, &best_ratio, &best_clip);
+    }
+    for (int64_t k = 0; k < K; k += 16) {
+        __m256i v = clipped(load_fixed(fixed + k, K - k), best_clip);
+        __m128i b = _mm_packs_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+        memcpy(q + k, &b, (size_t)gp_min(K - k, 16));
+    }
+    return (float)(best_ratio * (double)absmax / (double)GP_FIXED_MAX);
+}
+
+TARGET static float int8_quantize_weight_row_avx2(const void *x, gp_dtype type, int64_t K,
+                                                  int8_t *q, int16_t *fixed)
+{
+    if (type == GP_F32) return quantize_weight_row(x, GP_F32, K, q, fixed);
+    if (type == GP_BF16) return quantize_weight_row(x, GP_BF16, K, q, fixed);
+    return quantize_weight_row(x, GP_F16, K, q, fixed);
 }
 
 /* Sums of four vectors, as the four lanes of one. */
@@ -255,6 +345,7 @@ const gp_impl gp_impl_avx2 = {
     .name = "avx2",
     .needs = GP_CPU_AVX2,
     .int8_quantize_row = int8_quantize_row_avx2,
+    .int8_quantize_weight_row = int8_quantize_weight_row_avx2,
     .int8_linear = int8_linear_entry,
     .float_linear = float_linear_avx2,
     .int8_dequantize_row = int8_dequantize_row_avx2,

@@ -71,6 +71,73 @@ TARGET static float int8_quantize_row_avx512_vnni(const void *x, gp_dtype type, 
     return quantize_row(x, GP_F16, K, 2, q, stride, sum);
 }
 
+/* q of 32 fixed point weights as int16. */
+INLINE __m512i clipped(__m512i fixed, int clip)
+{
+    __m512i v = _mm512_mulhrs_epi16(fixed, _mm512_set1_epi16((short)(128 + clip)));
+    v = _mm512_min_epi16(v, _mm512_set1_epi16(127));
+    return _mm512_max_epi16(v, _mm512_set1_epi16(-127));
+}
+
+/* Lanes of pairs reach 2 * 32512 * 127 a step: 4096 columns are 128 steps, 260 would overflow. */
+#define CLIP_BLOCK 4096
+
+INLINE float quantize_weight_row(const void *x, gp_dtype type, int64_t K, int8_t *q,
+                                 int16_t *fixed)
+{
+    __m512i top = _mm512_setzero_si512();
+    for (int64_t k = 0; k < K; k += 16) {
+        __m512i v = _mm512_castps_si512(load16(x, type, k, tail_mask(K - k)));
+        top = _mm512_max_epi32(top, _mm512_and_si512(v, _mm512_set1_epi32(0x7fffffff)));
+    }
+    uint32_t bits = (uint32_t)_mm512_reduce_max_epi32(top);
+    float absmax = gp_from_bits(bits);
+    if (bits >= 0x7f800000u || absmax <= GP_TINY) {
+        memset(q, 0, (size_t)K);
+        return bits >= 0x7f800000u ? NAN : 0.0f;
+    }
+    const __m512 inverse = _mm512_set1_ps(GP_FIXED_MAX / absmax);
+    for (int64_t k = 0; k < K; k += 16) {
+        __mmask16 mask = tail_mask(K - k);
+        __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(load16(x, type, k, mask), inverse));
+        _mm256_mask_storeu_epi16(fixed + k, mask, _mm512_cvtepi32_epi16(v));
+    }
+    double best = -1, best_ratio = 0;
+    int best_clip = 0;
+    for (int clip = 0; clip < GP_CLIPS; clip++) {
+        int64_t xq = 0, qq = 0;
+        for (int64_t k0 = 0; k0 < K; k0 += CLIP_BLOCK) {
+            int64_t k1 = gp_min(k0 + CLIP_BLOCK, K);
+            __m512i xq16 = _mm512_setzero_si512(), qq16 = xq16;
+            for (int64_t k = k0; k < k1; k += 32) {
+                __mmask32 mask = K - k >= 32 ? ~0u : (1u << (K - k)) - 1;
+                __m512i f = _mm512_maskz_loadu_epi16(mask, fixed + k), v = clipped(f, clip);
+                xq16 = _mm512_add_epi32(xq16, _mm512_madd_epi16(f, v));
+                qq16 = _mm512_add_epi32(qq16, _mm512_madd_epi16(v, v));
+            }
+            xq += _mm512_reduce_add_epi64(_mm512_add_epi64(
+                _mm512_cvtepi32_epi64(_mm512_castsi512_si256(xq16)),
+                _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(xq16, 1))));
+            qq += _mm512_reduce_add_epi32(qq16); /* 127^2 * 4096 fits */
+        }
+        gp_choose_clip(xq, qq, clip, &best, &best_ratio, &best_clip);
+    }
+    for (int64_t k = 0; k < K; k += 32) {
+        __mmask32 mask = K - k >= 32 ? ~0u : (1u << (K - k)) - 1;
+        __m512i v = clipped(_mm512_maskz_loadu_epi16(mask, fixed + k), best_clip);
+        _mm256_mask_storeu_epi8(q + k, mask, _mm512_cvtepi16_epi8(v));
+    }
+    return (float)(best_ratio * (double)absmax / (double)GP_FIXED_MAX);
+}
+
+TARGET static float int8_quantize_weight_row_avx512(const void *x, gp_dtype type, int64_t K,
+                                                    int8_t *q, int16_t *fixed)
+{
+    if (type == GP_F32) return quantize_weight_row(x, GP_F32, K, q, fixed);
+    if (type == GP_BF16) return quantize_weight_row(x, GP_BF16, K, q, fixed);
+    return quantize_weight_row(x, GP_F16, K, q, fixed);
+}
+
 /* Sums of four vectors, as the four lanes of one. */
 INLINE __m128i sum4(const __m512i v[4])
 {
@@ -210,6 +277,7 @@ const gp_impl gp_impl_avx512_vnni = {
     .name = "avx512_vnni",
     .needs = GP_CPU_AVX512_VNNI,
     .int8_quantize_row = int8_quantize_row_avx512_vnni,
+    .int8_quantize_weight_row = int8_quantize_weight_row_avx512,
     .int8_linear = int8_linear_entry,
     .float_linear = float_linear_avx512,
     .int8_dequantize_row = int8_dequantize_row_avx512,

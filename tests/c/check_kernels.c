@@ -104,6 +104,13 @@ static void check_quantize(const gp_impl *impl, gp_dtype type, int64_t K, int pl
         CHECK(memcmp(q, want, (size_t)(K * planes)) == 0, "%s int8_quantize_row K %ld planes %d",
               impl->name, (long)K, planes);
         CHECK(memcmp(sum, want_sum, sizeof(int32_t) * (size_t)planes) == 0, "%s sums", impl->name);
+        int16_t *fixed = guarded((size_t)K * 2, at_start), *want_fixed = malloc((size_t)K * 2);
+        scale = impl->int8_quantize_weight_row(x, type, K, q, fixed);
+        want_scale = ref->int8_quantize_weight_row(x, type, K, want, want_fixed);
+        CHECK((memcmp(&scale, &want_scale, 4) == 0 || (isnan(scale) && isnan(want_scale))) &&
+                  memcmp(q, want, (size_t)K) == 0,
+              "%s int8_quantize_weight_row K %ld", impl->name, (long)K);
+        free(want_fixed);
         free(want);
         release_all();
     }
