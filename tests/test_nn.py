@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from conftest import logits, make_model, tokens
+from helpers import weight_error
 from torch import nn
 
 import gpu_poor
@@ -36,11 +37,6 @@ def make_embedding(n=50, k=33, dtype=torch.float32):
     return embedding, QuantizedEmbedding.from_float(embedding, weights, "a16")
 
 
-def weight_bound(scale):
-    """Rounding to int8 moves a weight by half a step; 1 % for the float32 products."""
-    return 0.505 * scale[..., None]
-
-
 # -- what they compute -------------------------------------------------------------------------
 
 
@@ -53,11 +49,11 @@ def test_linear_is_near_the_float_linear(isa, activation, bias, dtype):
     y = quantized(x)
     assert y.dtype == dtype and y.shape == (3, 5, 70)
     exact = linear.double()(x.double())
-    # Per output: half a step per weight, half a step per activation, and the dtype's rounding.
+    # Per output: the weights' error (Cauchy-Schwarz), half a step per activation, rounding.
     levels = {"a8": 127, "a16": 32384, "a32": 2**23}[activation]
     xd, w = x.double().abs(), linear.weight.abs()
     eps = torch.finfo(dtype).eps
-    bound = xd.sum(-1, keepdim=True) * 0.505 * quantized.weight_scale.double()
+    bound = xd.norm(dim=-1, keepdim=True) * weight_error(linear.weight.detach())
     bound = bound + 0.505 * xd.amax(-1, keepdim=True) / levels * w.sum(-1)
     bound = bound + eps * (xd @ w.T + (exact.abs() + 1))
     assert ((y.double() - exact).abs() <= bound).all()
@@ -70,9 +66,9 @@ def test_embedding_is_the_dequantized_row(isa, dtype):
     y = quantized(index)
     assert y.dtype == dtype and y.shape == (2, 3, 33)
     assert torch.equal(y, quantized.dequantize(dtype)[index])
-    error = (y.double() - embedding(index).double()).abs()
-    rounding = torch.finfo(dtype).eps * y.double().abs()
-    assert (error <= weight_bound(quantized.weight_scale.double())[index] + rounding).all()
+    error = (y.double() - embedding(index).double()).norm(dim=-1)
+    rounding = torch.finfo(dtype).eps * y.double().norm(dim=-1)
+    assert (error <= weight_error(embedding.weight.detach())[index] + rounding).all()
 
 
 def test_embedding_index_out_of_range_is_an_error(isa):
