@@ -9,8 +9,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -149,12 +152,18 @@ std::tuple<Tensor, Tensor> int8_quantize(const Tensor &weight)
     int8_t *out = static_cast<int8_t *>(q.data_ptr());
     float *scales = static_cast<float *>(scale.data_ptr());
     const int64_t size = type == GP_F32 ? 4 : 2;
+    std::atomic<bool> out_of_memory{false};
     parallel(n, 1, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
-        std::unique_ptr<int16_t[]> fixed(new int16_t[static_cast<size_t>(K)]);
+        std::unique_ptr<int16_t[]> fixed(new (std::nothrow) int16_t[static_cast<size_t>(K)]);
+        if (!fixed) {
+            out_of_memory = true;
+            return;
+        }
         for (int64_t i = begin; i < end; i++)
             scales[i] = gp.int8_quantize_weight_row(in + i * K * size, type, K, out + i * K,
                                                     fixed.get());
     });
+    STD_TORCH_CHECK(!out_of_memory, "int8_quantize: out of memory for rows of ", K, " columns");
     return {q, scale};
 }
 

@@ -16,6 +16,7 @@ and losses that cancel and is noise below about half a percent on a few thousand
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -211,7 +212,11 @@ def summarize(stats: TokenStats, window: int, text_sha256: str) -> Quality:
 
 
 def _n_positions(model: nn.Module) -> int:
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None) or LENGTH
+    """The longest window the model can take; as long as asked for where its config has no limit."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def _windows_for(model: nn.Module, text, tokenizer, length, n_tokens) -> Tensor:

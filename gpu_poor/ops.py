@@ -8,9 +8,12 @@ Letters: M rows (tokens), N out features, K in features. Weights are ``int8 [N, 
 ``float32 scale [N]``: ``w[n, k] ~ weight[n, k] * scale[n]``.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gpu_poor import isa
 
@@ -26,6 +29,92 @@ Q_MAX = {8: 127, 16: 32384}
 FIXED_MAX, CLIPS = 32512, 16
 #: Rows whose largest magnitude is below this are zero: its reciprocal would overflow.
 TINY = 1e-30
+
+
+# -- what every call must satisfy, checked by the fakes and the plain torch path (the C++ binding
+# checks the same, with the same words) ---------------------------------------------------------
+
+
+def _check_float(op: str, argument: str, dtype: torch.dtype) -> None:
+    torch._check(
+        dtype in FLOATS,
+        lambda: f"{op}: {argument} must be float32, bfloat16 or float16, got {dtype}",
+    )
+
+
+def _check_rows(op: str, argument: str, x: Tensor) -> None:
+    torch._check(x.dim() >= 1, lambda: f"{op}: {argument} must be [..., K], got a scalar")
+    _check_float(op, argument, x.dtype)
+
+
+def _check_weight(op: str, weight: Tensor, scale: Tensor) -> None:
+    torch._check(
+        weight.dtype == torch.int8 and weight.dim() >= 1,
+        lambda: f"{op}: weight must be int8 [..., K], got {weight.dtype} {tuple(weight.shape)}",
+    )
+    torch._check(
+        scale.dtype == torch.float32 and scale.shape == weight.shape[:-1],
+        lambda: (
+            f"{op}: scale must be float32 {tuple(weight.shape[:-1])}, one per weight row, "
+            f"got {scale.dtype} {tuple(scale.shape)}"
+        ),
+    )
+
+
+def _check_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int
+) -> None:
+    _check_weight("int8_linear", weight, scale)
+    torch._check(
+        weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[1],
+        lambda: (
+            f"int8_linear: x {tuple(x.shape)} does not end in K of weight [N, K] "
+            f"{tuple(weight.shape)}"
+        ),
+    )
+    _check_float("int8_linear", "x", x.dtype)
+    torch._check(
+        activation_bits in (8, 16, 32),
+        lambda: f"int8_linear: activation_bits must be 8, 16 or 32, got {activation_bits}",
+    )
+    if bias is not None:
+        torch._check(
+            bias.shape == weight.shape[:1],
+            lambda: (
+                f"int8_linear: bias must be [N] with N = {weight.shape[0]}, got {tuple(bias.shape)}"
+            ),
+        )
+        _check_float("int8_linear", "bias", bias.dtype)
+
+
+def _check_embedding(indices: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    _check_weight("int8_embedding", weight, scale)
+    torch._check(
+        weight.dim() == 2,
+        lambda: f"int8_embedding: weight must be int8 [N, K], got shape {tuple(weight.shape)}",
+    )
+    torch._check(
+        indices.dtype in (torch.int64, torch.int32),
+        lambda: f"int8_embedding: indices must be int64 or int32, got {indices.dtype}",
+    )
+    _check_float("int8_embedding", "dtype", dtype)
+
+
+def _check_gram(acc: Tensor, x: Tensor) -> None:
+    _check_rows("gram_", "x", x)
+    k = x.shape[-1]
+    torch._check(
+        acc.dtype == torch.float32 and acc.shape == (k, k) and acc.is_contiguous(),
+        lambda: (
+            f"gram_: acc must be a contiguous float32 [K, K] with K = {k}, "
+            f"got {acc.dtype} {tuple(acc.shape)}"
+        ),
+    )
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """``[M, K]``; reshape(-1, K) cannot tell M where K is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 # -- plain torch implementations: other devices, and the oracle in tests ----------------------
@@ -49,7 +138,8 @@ def _quantize_rows(x: Tensor, q_max: int) -> tuple[Tensor, Tensor]:
 
 def _int8_quantize_torch(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The search of csrc/int8.c, integer for integer, a block of rows at a time."""
-    rows = weight.reshape(-1, weight.shape[-1])
+    _check_rows("int8_quantize", "weight", weight)
+    rows = _as_rows(weight)
     q = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(rows.shape[0], device=weight.device)
     step = max(1, 2**22 // max(1, rows.shape[1]))
@@ -77,12 +167,15 @@ def _quantize_weight_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int8_dequantize_torch(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_weight("int8_dequantize", weight, scale)
+    _check_float("int8_dequantize", "dtype", dtype)
     return (weight.float() * scale[..., None]).to(dtype)
 
 
 def _int8_linear_torch(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int
 ) -> Tensor:
+    _check_linear(x, weight, scale, bias, activation_bits)
     xf = x.float()
     if activation_bits != 32:
         q, x_scale = _quantize_rows(xf, Q_MAX[activation_bits])
@@ -100,12 +193,20 @@ def _int8_linear_torch(
 def _int8_embedding_torch(
     indices: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
+    _check_embedding(indices, weight, scale, dtype)
+    n_rows = weight.shape[0]
+    if indices.device.type == "cpu":  # elsewhere the gather itself refuses; looking would wait
+        torch._check(
+            not bool(((indices < 0) | (indices >= n_rows)).any()),
+            lambda: f"int8_embedding: an index is out of range for {n_rows} rows",
+        )
     indices = indices.long()
     return (F.embedding(indices, weight).float() * scale[indices][..., None]).to(dtype)
 
 
 def _channel_stats_torch(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = x.reshape(-1, x.shape[-1]).float()
+    _check_rows("channel_stats", "x", x)
+    x = _as_rows(x).float()
     if x.shape[0] == 0:
         zero = x.new_zeros(x.shape[1])
         return zero, zero.clone(), zero.clone(), zero.clone()
@@ -113,7 +214,8 @@ def _channel_stats_torch(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _gram_torch(acc: Tensor, x: Tensor) -> None:
-    x = x.reshape(-1, x.shape[-1]).float()
+    _check_gram(acc, x)
+    x = _as_rows(x).float()
     acc.addmm_(x.T, x)
 
 
@@ -132,23 +234,9 @@ for _name, _function in (
 # -- fake kernels: shapes and dtypes only ------------------------------------------------------
 
 
-def _check_weight(op: str, weight: Tensor, scale: Tensor) -> None:
-    torch._check(
-        weight.dtype == torch.int8 and weight.dim() >= 1,
-        lambda: f"{op}: weight must be int8 [..., K], got {weight.dtype} {tuple(weight.shape)}",
-    )
-    torch._check(
-        scale.dtype == torch.float32 and scale.shape == weight.shape[:-1],
-        lambda: (
-            f"{op}: scale must be float32 {tuple(weight.shape[:-1])}, one per weight row, "
-            f"got {scale.dtype} {tuple(scale.shape)}"
-        ),
-    )
-
-
 @torch.library.register_fake("gpu_poor::int8_quantize")
 def _(weight):
-    torch._check(weight.dim() >= 1, lambda: "int8_quantize: weight must be [..., K]")
+    _check_rows("int8_quantize", "weight", weight)
     return (
         weight.new_empty(weight.shape, dtype=torch.int8),
         weight.new_empty(weight.shape[:-1], dtype=torch.float32),
@@ -158,36 +246,31 @@ def _(weight):
 @torch.library.register_fake("gpu_poor::int8_dequantize")
 def _(weight, scale, dtype):
     _check_weight("int8_dequantize", weight, scale)
+    _check_float("int8_dequantize", "dtype", dtype)
     return weight.new_empty(weight.shape, dtype=dtype)
 
 
 @torch.library.register_fake("gpu_poor::int8_linear")
 def _(x, weight, scale, bias, activation_bits):
-    _check_weight("int8_linear", weight, scale)
-    torch._check(
-        weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[1],
-        lambda: (
-            f"int8_linear: x {tuple(x.shape)} does not end in K of weight [N, K] "
-            f"{tuple(weight.shape)}"
-        ),
-    )
+    _check_linear(x, weight, scale, bias, activation_bits)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("gpu_poor::int8_embedding")
 def _(indices, weight, scale, dtype):
-    _check_weight("int8_embedding", weight, scale)
+    _check_embedding(indices, weight, scale, dtype)
     return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
 
 
 @torch.library.register_fake("gpu_poor::channel_stats")
 def _(x):
+    _check_rows("channel_stats", "x", x)
     return tuple(x.new_empty(x.shape[-1:], dtype=torch.float32) for _ in range(4))
 
 
 @torch.library.register_fake("gpu_poor::gram_")
 def _(acc, x):
-    return None
+    _check_gram(acc, x)
 
 
 # -- autograd: the quantized weight is frozen, gradients flow to the activations ---------------
@@ -213,6 +296,13 @@ def _linear_backward(ctx, grad):
 torch.library.register_autograd(
     "gpu_poor::int8_linear", _linear_backward, setup_context=_linear_setup
 )
+
+
+def _refuse_tangent(*tensors: Tensor | None) -> None:
+    """torch would take a custom operator without a forward derivative for a constant."""
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError("int8_linear has no forward-mode derivative: use backward")
 
 
 # -- the public wrappers -----------------------------------------------------------------------
@@ -264,6 +354,8 @@ def int8_linear(
         integer modes. Modes 8 and 16 give the same bits for every ISA, thread count and split of
         the tokens.
     """
+    if forward_ad._current_level >= 0:
+        _refuse_tangent(x, bias)
     if isa.uses_torch():
         return _int8_linear_torch(x, weight, scale, bias, activation_bits)
     return torch.ops.gpu_poor.int8_linear(x, weight, scale, bias, activation_bits)

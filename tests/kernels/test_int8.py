@@ -276,7 +276,15 @@ X, W, S = torch.randn(4, 8), random_int8(8, 8), torch.rand(8)
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_bad_calls_say_what_is_wrong(name):
+@pytest.mark.parametrize("path", ["torch", "ref"])
+def test_bad_calls_say_what_is_wrong(name, path):
     call, message = BAD_CALLS[name]
-    with pytest.raises(RuntimeError, match=message):
+    with isa.cap(path), pytest.raises(RuntimeError, match=message):
         call()
+
+
+def test_no_columns_are_no_error(isa):
+    none = torch.zeros(3, 0)
+    assert ops.int8_quantize(none)[1].tolist() == [0, 0, 0]
+    assert ops.channel_stats(none)[0].shape == (0,)
+    assert ops.gram_(torch.zeros(0, 0), none).shape == (0, 0)

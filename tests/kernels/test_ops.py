@@ -83,3 +83,21 @@ def test_the_plain_torch_path_agrees_with_the_kernels():
         with isa.cap("torch"):
             plain = ops.int8_linear(*args)
         assert_within(plain, ops.int8_linear(*args), 1e-5)
+
+
+def test_forward_mode_is_refused_not_zero():
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: ops.int8_linear(x, W, S), (X,), (torch.ones_like(X),))
+    with torch.autograd.forward_ad.dual_level():
+        ops.int8_linear(X, W, S)  # no tangent, no objection
+
+
+def test_fakes_refuse_what_the_kernels_refuse():
+    meta = [t.to("meta") for t in (X, W, S)]
+    for bad in (
+        (meta[0].double(), *meta[1:], None, 16),
+        (*meta, meta[2][:3], 16),
+        (*meta, None, 4),
+    ):
+        with pytest.raises(RuntimeError, match="int8_linear"):
+            torch.ops.gpu_poor.int8_linear(*bad)
