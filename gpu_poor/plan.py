@@ -250,8 +250,10 @@ def ties_of(model: nn.Module, scales: bool = True) -> dict[str, str]:
 
 
 def share_scales(model: nn.Module) -> dict[str, str]:
-    """Make tied modules use their owner's scale tensor; returns :func:`ties_of`."""
+    """Make tied modules read their owner's scale; returns :func:`ties_of`."""
     ties = ties_of(model)
     for name, owner in ties.items():
-        model.get_submodule(name).share_scale("weight", model.get_submodule(owner).weight_scale)
+        source = model.get_submodule(owner)
+        source.own_scale("weight", source.weight_scale)
+        model.get_submodule(name).share_scale("weight", source)
     return ties

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from gpu_poor import memory, ops
 from gpu_poor.nn import QuantizedModule
-from gpu_poor.nn.base import quantize_rows
+from gpu_poor.nn.base import quantize_rows, take_hooks
 from gpu_poor.plan import Patterns, Plan, Target, check_reduction, make_plan, share_scales
 from gpu_poor.receipt import make_receipt
 
@@ -105,7 +105,9 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantizedModule):
             float_module = module.to_float(dtype)
-            float_module.train(module.training)
+            take_hooks(float_module, module)
+            for weight in module.weight_names:
+                getattr(float_module, weight).requires_grad_(not module.frozen)
             if module.weight_names == ("weight",):
                 float_module.weight = shared.setdefault(id(module.weight), float_module.weight)
             put(model, name, float_module)
@@ -229,7 +231,8 @@ def swap(model: nn.Module, targets: list[Target], quantized: Quantized, activati
     for target in targets:
         weights = {name: quantized[id(weight)] for name, weight in target.weights().items()}
         modules.append(target.kind.from_float(target.module, weights, activation))
-        modules[-1].take_hooks(target.module)
+        take_hooks(modules[-1], target.module)
+        modules[-1].frozen = not any(w.requires_grad for w in target.weights().values())
     for target, module in zip(targets, modules, strict=True):
         for name in target.names:
             put(model, name, module)

@@ -240,30 +240,26 @@ def test_transposed_experts_with_bias_and_own_gate():
 
 def scales_of(model):
     """The scales of the quantized modules; Gemma has a buffer named embed_scale too."""
-    buffers = dict(model.named_buffers(remove_duplicate=False))
     return {
-        f"{name}.{weight}_scale": buffers[f"{name}.{weight}_scale"]
+        f"{name}.{weight}_scale": getattr(module, f"{weight}_scale")
         for name, module in model.named_modules()
         if isinstance(module, QuantizedModule)
         for weight in module.weight_names
     }
 
 
-@pytest.mark.parametrize("move", ["half", "bfloat16", "to", "float", "double"])
+@pytest.mark.parametrize("move", ["half", "bfloat16", "to", "float"])
 def test_moving_the_dtype_leaves_int8_and_scales(move, model_name):
     model = quantize(make_model(model_name), verbose=False)
     before = {n: b.clone() for n, b in scales_of(model).items()}
     model = model.to(torch.bfloat16) if move == "to" else getattr(model, move)()
-    dtype = {"half": torch.float16, "float": torch.float32, "double": torch.float64}.get(
-        move, torch.bfloat16
-    )
+    dtype = {"half": torch.float16, "float": torch.float32}.get(move, torch.bfloat16)
     assert model.dtype == dtype
     after = scales_of(model)
     assert after.keys() == before.keys()
     for name, scale in after.items():
         assert scale.dtype == torch.float32 and torch.equal(scale, before[name]), name
-    if dtype != torch.float64:
-        assert logits(model).dtype == dtype
+    assert logits(model).dtype == dtype
     embedding = model.get_input_embeddings()
     assert embedding.weight.dtype == torch.int8 and embedding.dtype == dtype
     assert model.to(torch.float32).get_input_embeddings().dtype == torch.float32
@@ -281,6 +277,49 @@ def test_tied_modules_stay_tied(move):
     assert head.weight is embedding.weight
     assert head.weight_scale is embedding.weight_scale
     assert head.weight_scale.dtype == torch.float32
+
+
+def test_float64_is_refused():
+    model = quantize(make_model("llama-tied"), verbose=False)
+    with pytest.raises(TypeError, match="cannot be made torch.float64"):
+        model.double()
+
+
+def other_tied_model():
+    """Tied, quantized, and with other weights than the model of the same name."""
+    model = make_model("llama-tied")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return quantize(model, verbose=False)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("way", ["as it is", "meta", "deepcopy", "pickle"])
+def test_tied_modules_read_the_scale_that_was_loaded(way, assign):
+    model, other = quantize(make_model("llama-tied"), verbose=False), other_tied_model()
+    if way == "meta":
+        rest = {
+            n: b.clone() for n, b in model.named_buffers()
+        }  # rotary frequencies are in no state_dict
+        model = model.to("meta").to_empty(device="cpu")
+        for name, buffer in model.named_buffers():
+            buffer.fill_(float("nan")) if "scale" in name else buffer.copy_(rest[name])
+    elif way == "deepcopy":
+        model = copy.deepcopy(model)
+    elif way == "pickle":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        model = torch.load(file, weights_only=False)
+    model.load_state_dict(other.state_dict(), assign=assign)
+    assert model.lm_head.weight_scale is model.model.embed_tokens.weight_scale
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_the_owner_of_a_scale_is_no_submodule():
+    model = quantize(make_model("llama-tied"), verbose=False)
+    assert not list(model.lm_head.children())
+    assert "lm_head.weight_scale" not in dict(model.named_buffers(remove_duplicate=False))
 
 
 def test_moving_to_the_meta_device_keeps_dtypes():

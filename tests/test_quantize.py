@@ -353,6 +353,27 @@ def test_dequantize_restores_a_plain_model():
     assert torch.allclose(model[0].dequantize(), again, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "gpt2"])
+def test_dequantize_answers_in_the_dtype_of_the_model(name, dtype):
+    model = quantize(make_model(name).to(dtype), verbose=False)
+    gpu_poor.dequantize(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert logits(model).dtype == dtype
+    model = gpu_poor.dequantize(quantize(make_model(name), verbose=False).to(dtype))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_dequantize_carries_hooks_and_frozen_weights():
+    model, calls = mlp(), []
+    model[0].weight.requires_grad_(False)
+    model[0].register_forward_hook(lambda *args: calls.append("hook"))
+    gpu_poor.dequantize(quantize(model, verbose=False))
+    model(torch.randn(1, 96))
+    assert calls == ["hook"]
+    assert not model[0].weight.requires_grad and model[3].weight.requires_grad
+
+
 # -- the receipt -------------------------------------------------------------------------------
 
 

@@ -6,8 +6,8 @@ A quantized module keeps the parameter names of the float module it replaces. Fo
     w         int8    [..., N, K]  Parameter that needs no gradient
     w_scale   float32 [..., N]     buffer; stays float32 under .half() and .to(dtype)
 
-A weight tied to another module's is the same Parameter object in both, and the scale the same
-tensor; only the first module of the group, the owner, lists the scale in its state_dict.
+A weight tied to another module's is the same Parameter object in both. Its scale lives in one
+module of the group, the owner, which alone lists it in its state_dict; the others read it there.
 """
 
 from collections.abc import Callable
@@ -41,6 +41,14 @@ def register(cls: type["QuantizedModule"]) -> type["QuantizedModule"]:
 def kind_of(module: nn.Module) -> type["QuantizedModule"] | None:
     """The quantized class for a float module, or None if no kind takes it."""
     return next((kind for kind in KINDS.values() if kind.accepts(module)), None)
+
+
+def take_hooks(module: nn.Module, source: nn.Module) -> None:
+    """Carry over the training flag and the forward and backward hooks of ``source``."""
+    module.training = source.training
+    for name in _HOOKS:
+        if getattr(source, name, None):
+            setattr(module, name, getattr(source, name))
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -77,9 +85,15 @@ class QuantizedModule(nn.Module):
     #: The parameters that are quantized.
     weight_names: tuple[str, ...] = ("weight",)
 
-    def __init__(self, activation: str = "a16"):
+    def __init__(self, activation: str = "a16", dtype: torch.dtype = torch.float32):
         super().__init__()
         self.activation = activation
+        #: What the float weight was, and is again after dequantize; follows ``.to(dtype)``.
+        self.dtype = dtype
+        #: Whether the float weights were frozen, and are again after dequantize.
+        self.frozen = False
+        #: ``{buffer name: owner}`` of shared scales; in a dict, so that no owner is a submodule.
+        self._scale_owners: dict[str, QuantizedModule] = {}
 
     # -- from a float module and back ------------------------------------------------------
 
@@ -139,37 +153,66 @@ class QuantizedModule(nn.Module):
         self.register_parameter(name, weight)
         self.register_buffer(f"{name}_scale", scale)
 
-    def share_scale(self, name: str, scale: Tensor) -> None:
-        """Use the scale of the module this weight is tied to; the state_dict lists it there."""
-        self.register_buffer(f"{name}_scale", scale, persistent=False)
+    def share_scale(self, name: str, source: "QuantizedModule | Tensor") -> None:
+        """Use the scale of the module this weight is tied to; the state_dict lists it there.
+
+        Args:
+            source: that module, whatever its scale will be, or a tensor to use until it is moved.
+        """
+        key = f"{name}_scale"
+        if isinstance(source, Tensor) and key in self._scale_owners and self.scale(key) is source:
+            return
+        self._scale_owners.pop(key, None)
+        if isinstance(source, Tensor):
+            self.register_buffer(key, source, persistent=False)
+        else:
+            self.register_buffer(key, None, persistent=False)
+            self._scale_owners[key] = source
 
     def own_scale(self, name: str, scale: Tensor) -> None:
         """Undo :meth:`share_scale`: an own scale, listed in the state_dict."""
+        self._scale_owners.pop(f"{name}_scale", None)
         self.register_buffer(f"{name}_scale", scale)
 
-    def take_hooks(self, module: nn.Module) -> None:
-        """Carry over the training flag and the forward and backward hooks of ``module``."""
-        self.training = module.training
-        for name in _HOOKS:
-            if getattr(module, name, None):
-                setattr(self, name, getattr(module, name))
+    def scale(self, key: str) -> Tensor:
+        """The scale in the buffer ``key``, of this module or of the one it is tied to."""
+        return self._scale_owners.get(key, self)._buffers[key]
+
+    def __getattr__(self, name: str):
+        owner = self.__dict__.get("_scale_owners", {}).get(name)
+        return super().__getattr__(name) if owner is None else getattr(owner, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedModule":
         """Move the module, but leave scales float32: a bfloat16 scale costs more than int8 does.
 
-        The scale stays the same tensor object, as a Parameter would, so that tied modules go on
-        sharing it.
+        The scale stays the same tensor object, as a Parameter would. One that is shared moves
+        with each of its modules, so that it is where they are even if one is moved alone.
+
+        Raises:
+            TypeError: fn makes float64.
         """
-        before = {name: self._buffers[f"{name}_scale"] for name in self.weight_names}
+        # What fn does to a tensor of this dtype tells the dtype from now on.
+        dtype = fn(
+            torch.empty(
+                0, dtype=self.dtype, device=self.scale(f"{self.weight_names[0]}_scale").device
+            )
+        ).dtype
+        if dtype not in ops.FLOATS:
+            raise TypeError(
+                f"{type(self).__name__} cannot be made {dtype}: see gpu_poor.dequantize"
+            )
+        self.dtype = dtype
+        before = {key: self.scale(key) for key in (f"{name}_scale" for name in self.weight_names)}
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[f"{name}_scale"]
+        for key, old in before.items():
+            owner = self._scale_owners.get(key, self)
+            new = fn(old) if owner is not self else self._buffers[key]
             if new.dtype != torch.float32:
                 new = old.to(new.device)
             if new is not old and "meta" not in (new.device.type, old.device.type):
                 old.data = new
                 new = old
-            self._buffers[f"{name}_scale"] = new
+            owner._buffers[key] = new
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

@@ -51,10 +51,9 @@ class QuantizedEmbedding(QuantizedModule):
         dtype: torch.dtype = torch.float32,
         padding_idx: int | None = None,
     ):
-        super().__init__()
+        super().__init__(dtype=dtype)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx = padding_idx
-        self.dtype = dtype
         self.set_weight("weight", weight, weight_scale)
 
     @classmethod
@@ -69,7 +68,7 @@ class QuantizedEmbedding(QuantizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         return int8_embedding(
-            input, self._parameters["weight"], self._buffers["weight_scale"], self.dtype
+            input, self._parameters["weight"], self.scale("weight_scale"), self.dtype
         )
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -79,12 +78,6 @@ class QuantizedEmbedding(QuantizedModule):
     def _with_weight(self, embedding: nn.Embedding, dtype: torch.dtype | None) -> nn.Module:
         embedding.weight = nn.Parameter(self.dequantize(dtype or self.dtype))
         return embedding
-
-    def _apply(self, fn, recurse=True):
-        # What fn does to a tensor of this dtype tells the dtype to answer in from now on.
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
-        self.dtype = probe.dtype
-        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, int8, {self.dtype}"

@@ -29,7 +29,7 @@ class QuantizedExperts(QuantizedModule):
     kind = "experts"
 
     def __init__(self, module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], activation):
-        super().__init__(activation)
+        super().__init__(activation, module.down_proj.dtype)
         # The class's own gate reads what it likes (act_fn, alpha, limit...), so keep it all.
         plain = {k: v for k, v in vars(module).items() if k not in vars(nn.Module())}
         self.__dict__.update(plain)
@@ -77,7 +77,7 @@ class QuantizedExperts(QuantizedModule):
         return ops.int8_linear(
             x,
             self._parameters[name][expert],
-            self._buffers[f"{name}_scale"][expert],
+            self.scale(f"{name}_scale")[expert],
             None if bias is None else bias[expert],
             self._activation_bits,
         )
@@ -123,7 +123,7 @@ class QuantizedExperts(QuantizedModule):
         return out
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
-        dtype = dtype or torch.float32
+        dtype = dtype or self.dtype
         with torch.device("meta"):
             module = self.float_class(self.config)
         for name in self.weight_names:

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from gpu_poor import ops
 from gpu_poor.nn.base import QuantizedModule, is_plain, register
 from gpu_poor.ops import int8_linear
 
@@ -26,6 +25,7 @@ class QuantizedLinear(QuantizedModule):
         weight_scale: float32 ``[out_features]``.
         bias: ``[out_features]`` of a float dtype, or None.
         activation: "a8", "a16" or "a32".
+        dtype: of the float weight.
     """
 
     kind = "linear"
@@ -36,8 +36,9 @@ class QuantizedLinear(QuantizedModule):
         weight_scale: Tensor,
         bias: Tensor | None = None,
         activation: str = "a16",
+        dtype: torch.dtype = torch.float32,
     ):
-        super().__init__(activation)
+        super().__init__(activation, dtype)
         self.out_features, self.in_features = weight.shape
         self.set_weight("weight", weight, weight_scale)
         self.register_parameter("bias", bias)
@@ -56,7 +57,7 @@ class QuantizedLinear(QuantizedModule):
     def from_float(
         cls, module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], activation: str
     ) -> "QuantizedLinear":
-        return cls(*weights["weight"], module.bias, activation)
+        return cls(*weights["weight"], module.bias, activation, module.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         # The dicts, for nn.Module.__getattr__ costs a microsecond a name and a token has hundreds.
@@ -64,15 +65,14 @@ class QuantizedLinear(QuantizedModule):
         return int8_linear(
             x,
             parameters["weight"],
-            self._buffers["weight_scale"],
+            self.scale("weight_scale"),
             parameters["bias"],
             self._activation_bits,
         )
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
-        dtype = dtype or (torch.float32 if self.bias is None else self.bias.dtype)
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
-        linear.weight = nn.Parameter(self.dequantize(dtype))
+        linear.weight = nn.Parameter(self.dequantize(dtype or self.dtype))
         linear.bias = self.bias
         return linear
 
@@ -100,10 +100,8 @@ class QuantizedConv1D(QuantizedLinear):
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
         from transformers.pytorch_utils import Conv1D
 
-        dtype = dtype or self.bias.dtype
         with torch.device("meta"):
             conv = Conv1D(self.out_features, self.in_features)
-        conv.weight = nn.Parameter(ops.int8_dequantize(self.weight, self.weight_scale, dtype).t())
-        conv.weight.data = conv.weight.data.contiguous()
+        conv.weight = nn.Parameter(self.dequantize(dtype or self.dtype).t().contiguous())
         conv.bias = self.bias
         return conv
