@@ -10,6 +10,8 @@
 #include <math.h>
 
 #include "../common.h"
+
+#define STREAM_ROWS 2
 #include "linear_tile.h"
 
 #define TARGET GP_TARGET("avx2,fma,f16c")
@@ -230,29 +232,37 @@ INLINE void dot_step(__m256i wk, const int8_t *x, int64_t x_stride, int V, __m25
     }
 }
 
-/* Row after row: four abreast would only save loads of x, which are not what limits this. */
+/* Four rows abreast are four streams from memory; more than two activation rows would need more
+ * registers than there are, so then row after row. */
 INLINE void dot_tile(const int8_t *const w[4], const int8_t *x, int64_t x_stride, int64_t K,
                      int V, __m128i out[])
 {
-    __m256i rows[4][4];
-    for (int r = 0; r < 4; r++) {
-        __m256i acc[4];
-        for (int v = 0; v < V; v++) acc[v] = _mm256_setzero_si256();
+    const int R = V <= STREAM_ROWS ? 4 : 1;
+    __m256i sums[4][4];
+    for (int r0 = 0; r0 < 4; r0 += R) {
+        __m256i acc[4][4];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) acc[r][v] = _mm256_setzero_si256();
         int64_t k = 0;
-        for (; k + 64 <= K; k += 64) {
-            const __m256i *wk = (const __m256i *)(w[r] + k);
-            dot_step(_mm256_loadu_si256(wk), x + k, x_stride, V, acc);
-            dot_step(_mm256_loadu_si256(wk + 1), x + k + 32, x_stride, V, acc);
-            prefetch_stream(w[r] + k);
+        for (; k + 32 <= K; k += 32) {
+            for (int r = 0; r < R; r++) {
+                const int8_t *wk = w[r0 + r] + k;
+                dot_step(_mm256_loadu_si256((const __m256i *)wk), x + k, x_stride, V, acc[r]);
+                if (k % 64 == 0) prefetch_stream(wk);
+            }
         }
-        for (; k < K; k += 32) {
-            int8_t tail[32] = {0};
-            memcpy(tail, w[r] + k, (size_t)gp_min(K - k, 32));
-            dot_step(_mm256_loadu_si256((const __m256i *)tail), x + k, x_stride, V, acc);
+        if (k < K) {
+            for (int r = 0; r < R; r++) {
+                int8_t tail[32] = {0};
+                memcpy(tail, w[r0 + r] + k, (size_t)(K - k));
+                __m256i wk = _mm256_loadu_si256((const __m256i *)tail);
+                dot_step(wk, x + k, x_stride, V, acc[r]);
+            }
         }
-        for (int v = 0; v < V; v++) rows[v][r] = acc[v];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) sums[v][r0 + r] = acc[r][v];
     }
-    for (int v = 0; v < V; v++) out[v] = sum4(rows[v]);
+    for (int v = 0; v < V; v++) out[v] = sum4(sums[v]);
 }
 
 INLINE __m128i exact(__m128i sum, int32_t x_sum)
@@ -262,14 +272,6 @@ INLINE __m128i exact(__m128i sum, int32_t x_sum)
 }
 
 TILE_LINEAR(int8_linear_avx2, TARGET, 4)
-
-TARGET static void int8_linear_entry(const gp_int8_linear *a, int64_t n0, int64_t n1)
-{
-    if (a->K > GP_K_MAX)
-        gp_int8_linear_ref(a, n0, n1);
-    else
-        int8_linear_avx2(a, n0, n1);
-}
 
 INLINE void float_step(__m128i bytes, const float *x, int64_t x_stride, int V, int r,
                        __m256 acc[2][4])
@@ -346,7 +348,7 @@ const gp_impl gp_impl_avx2 = {
     .needs = GP_CPU_AVX2,
     .int8_quantize_row = int8_quantize_row_avx2,
     .int8_quantize_weight_row = int8_quantize_weight_row_avx2,
-    .int8_linear = int8_linear_entry,
+    .int8_linear = int8_linear_avx2,
     .float_linear = float_linear_avx2,
     .int8_dequantize_row = int8_dequantize_row_avx2,
     .to_float_row = to_float_row_avx2,

@@ -14,10 +14,9 @@
 #include <math.h>
 
 #include "avx512.h"
-#include "linear_tile.h"
 
-/* Up to this many activation rows the weights are read as one stream: dot_tile. */
 #define STREAM_ROWS 4
+#include "linear_tile.h"
 
 INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
                           int64_t stride, int32_t *sum)
@@ -158,40 +157,35 @@ INLINE __m512i dpbusd(__m512i acc, __m512i w, __m512i x)
     return acc;
 }
 
-/* One step of 64 columns: R weight rows from row r0 on times V activation rows. */
-INLINE void dot_step(const int8_t *const w[4], int r0, int R, __mmask64 mask, const int8_t *x,
-                     int64_t x_stride, int64_t k, int V, __m512i acc[][4])
+/* One step of 64 columns: four weight rows times V activation rows. */
+INLINE void dot_step(const int8_t *const w[4], __mmask64 mask, const int8_t *x, int64_t x_stride,
+                     int64_t k, int V, __m512i acc[][4])
 {
     const __m512i flip = _mm512_set1_epi8((char)0x80);
     __m512i wk[4];
-    for (int r = 0; r < R; r++)
-        wk[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[r0 + r] + k), flip);
+    for (int r = 0; r < 4; r++)
+        wk[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[r] + k), flip);
     for (int v = 0; v < V; v++) {
         __m512i xk = _mm512_loadu_si512(x + v * x_stride + k);
-        for (int r = 0; r < R; r++)
-            acc[v][r0 + r] = dpbusd(acc[v][r0 + r], wk[r], xk);
+        for (int r = 0; r < 4; r++) acc[v][r] = dpbusd(acc[v][r], wk[r], xk);
     }
 }
 
 /* Four weight rows times V activation rows (planes count as rows), over all of K; one vector of
- * four results each, whose sum4 costs 3 instructions a result where a reduction of one costs 7.
- * Few activation rows: the weights come from memory, and are read in one linear stream, row after
- * row. Many: the four rows are in L1 after the first tile, and share each load of x. */
+ * four results each, whose sum4 costs 3 instructions a result where a reduction of one costs 7. */
 INLINE void dot_tile(const int8_t *const w[4], const int8_t *x, int64_t x_stride, int64_t K,
                      int V, __m128i out[])
 {
-    const int R = V <= STREAM_ROWS ? 1 : 4;
     __m512i acc[6][4];
     for (int v = 0; v < V; v++)
         for (int r = 0; r < 4; r++) acc[v][r] = _mm512_setzero_si512();
-    for (int r = 0; r < 4; r += R) {
-        int64_t k = 0;
-        for (; k + 64 <= K; k += 64) {
-            dot_step(w, r, R, ~0ull, x, x_stride, k, V, acc);
-            if (R == 1) prefetch_stream(w[r] + k);
-        }
-        if (k < K) dot_step(w, r, R, ~0ull >> (64 - (K - k)), x, x_stride, k, V, acc);
+    int64_t k = 0;
+    for (; k + 64 <= K; k += 64) {
+        dot_step(w, ~0ull, x, x_stride, k, V, acc);
+        if (V <= STREAM_ROWS)
+            for (int r = 0; r < 4; r++) prefetch_stream(w[r] + k);
     }
+    if (k < K) dot_step(w, ~0ull >> (64 - (K - k)), x, x_stride, k, V, acc);
     for (int v = 0; v < V; v++) out[v] = sum4(acc[v]);
 }
 
@@ -202,14 +196,6 @@ INLINE __m128i exact(__m128i sum, int32_t x_sum)
 }
 
 TILE_LINEAR(int8_linear_avx512_vnni, TARGET, 6)
-
-TARGET static void int8_linear_entry(const gp_int8_linear *a, int64_t n0, int64_t n1)
-{
-    if (a->K > GP_K_MAX)
-        gp_int8_linear_ref(a, n0, n1);
-    else
-        int8_linear_avx512_vnni(a, n0, n1);
-}
 
 /* Weight-only: four weight rows times V tokens in float32, one chain of fused multiply-adds per
  * lane whatever V is, so that a token's result does not depend on its neighbours. */
@@ -225,7 +211,7 @@ INLINE void float_tile(const int8_t *const w[4], const float *x, int64_t x_strid
         for (int r = 0; r < 4; r++) {
             __m128i b = _mm_maskz_loadu_epi8(mask, w[r] + k);
             wk[r] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b));
-            if (V <= 2 && k % 64 == 0) prefetch_stream(w[r] + k);
+            if (V <= STREAM_ROWS && k % 64 == 0) prefetch_stream(w[r] + k);
         }
         for (int v = 0; v < V; v++) {
             __m512 xk = _mm512_loadu_ps(x + v * x_stride + k);
@@ -278,7 +264,7 @@ const gp_impl gp_impl_avx512_vnni = {
     .needs = GP_CPU_AVX512_VNNI,
     .int8_quantize_row = int8_quantize_row_avx512_vnni,
     .int8_quantize_weight_row = int8_quantize_weight_row_avx512,
-    .int8_linear = int8_linear_entry,
+    .int8_linear = int8_linear_avx512_vnni,
     .float_linear = float_linear_avx512,
     .int8_dequantize_row = int8_dequantize_row_avx512,
     .to_float_row = to_float_row_avx512,

@@ -6,8 +6,7 @@
  *     exact(sum, x_sum)                            its integer dot product
  *     float_tile(...)                              the same with float activations
  *
- * Four weight rows at a time stay in L1 for a block of activation rows that stays in L2. Weight rows
- * beyond the end repeat the last one and are not stored.
+ * and STREAM_ROWS, up to how many activation rows the weights are read as streams.
  */
 #ifndef GPU_POOR_LINEAR_TILE_H
 #define GPU_POOR_LINEAR_TILE_H
@@ -16,14 +15,12 @@
 
 #include "../common.h"
 
-/* Weights come from memory in one linear stream, row after row. Into L2 from 16 KB ahead (plus 3
- * lines: a multiple of 4096 falls into the same sets of L1), into L1 from 1 KB. Measured on one
- * core, M = 2, a16, K = 1280, the stream being 14.3 GB/s: L1 alone from 512 B to 8 KB ahead 9 to
- * 12.5, L2 alone 13.1, both 13.9. Addresses beyond the end are harmless: a prefetch never faults. */
+/* With each line read of a stream. Two threads, of a best read loop of 33.4 GB/s, a16, M = 1 and 2:
+ * no prefetch 29.6 and 27.2, from 512 bytes ahead 32.8 and 28, from 2048 33.8 and 33.0; one stream
+ * in place of four, prefetched into L2 too, 28. Beyond the end it is harmless: it never faults. */
 GP_INLINE void prefetch_stream(const int8_t *w)
 {
-    _mm_prefetch((const char *)w + 16576, _MM_HINT_T1);
-    _mm_prefetch((const char *)w + 1024, _MM_HINT_T0);
+    _mm_prefetch((const char *)w + 2048, _MM_HINT_T0);
 }
 
 /* Activation rows to a block: 512 KB of them, a multiple of V_MAX (an even number: both planes).
@@ -32,24 +29,30 @@ GP_INLINE void prefetch_stream(const int8_t *w)
 
 void gp_int8_linear_ref(const gp_int8_linear *a, int64_t n0, int64_t n1);
 
-/* y[m][n..n+count) from four lanes. */
+/* Which four weight rows a tile takes: n, n + step, ... Rows at and beyond `end` repeat the last one
+ * and are not stored. */
+typedef struct {
+    int64_t n, step, end;
+} gp_rows;
+
 #define TILE_STORE(attr)                                                                          \
-    GP_INLINE attr void tile_store(void *y, gp_dtype type, int64_t i, int64_t count, __m128 v)    \
+    GP_INLINE attr void tile_store(void *y, gp_dtype type, int64_t row, gp_rows at, __m128 v)     \
     {                                                                                             \
-        if (count >= 4 && type == GP_F32) {                                                       \
-            _mm_storeu_ps((float *)y + i, v);                                                     \
+        if (at.step == 1 && at.n + 4 <= at.end && type == GP_F32) {                               \
+            _mm_storeu_ps((float *)y + row + at.n, v);                                            \
             return;                                                                               \
         }                                                                                         \
         float f[4];                                                                               \
         _mm_storeu_ps(f, v);                                                                      \
-        for (int64_t r = 0; r < gp_min(count, 4); r++) gp_store(y, type, i + r, f[r]);            \
+        for (int64_t r = 0, n = at.n; r < 4 && n < at.end; r++, n += at.step)                     \
+            gp_store(y, type, row + n, f[r]);                                                     \
     }
 
-#define TILE_ROWS(a, n, n1, w)                                                                    \
+#define TILE_ROWS(a, at, w)                                                                       \
     const int8_t *w[4];                                                                           \
-    float w_scale[4] = {0}, bias[4] = {0};                                                        \
+    float w_scale[4], bias[4] = {0};                                                              \
     for (int64_t r = 0; r < 4; r++) {                                                             \
-        int64_t row = gp_min(n + r, n1 - 1);                                                      \
+        int64_t row = gp_min(at.n + r * at.step, at.end - 1);                                     \
         w[r] = a->w + row * a->K;                                                                 \
         w_scale[r] = a->w_scale[row];                                                             \
         if (a->bias) bias[r] = a->bias[row];                                                      \
@@ -61,11 +64,46 @@ void gp_int8_linear_ref(const gp_int8_linear *a, int64_t n0, int64_t n1);
     t = _mm_mul_ps(t, scale4);                                                                    \
     if (a->bias) t = _mm_add_ps(t, bias4)
 
+#define TILE_CASE(name, V, V_MAX)                                                                 \
+    case V:                                                                                       \
+        if (V_MAX > V) name##_tokens(a, w, v, V, at, scale4, bias4);                              \
+        break;
+
+/* One tile row for activation rows [v0, v1). */
+#define TILE_VECTORS(name, attr, args_type, V_MAX)                                                \
+    GP_INLINE attr void name##_rows(const args_type *a, gp_rows at, int64_t v0, int64_t v1)       \
+    {                                                                                             \
+        TILE_ROWS(a, at, w);                                                                      \
+        int64_t v = v0;                                                                           \
+        for (; v + V_MAX <= v1; v += V_MAX) name##_tokens(a, w, v, V_MAX, at, scale4, bias4);     \
+        switch (v1 - v) {                                                                         \
+            TILE_CASE(name, 1, V_MAX)                                                             \
+            TILE_CASE(name, 2, V_MAX)                                                             \
+            TILE_CASE(name, 3, V_MAX)                                                             \
+            TILE_CASE(name, 4, V_MAX)                                                             \
+            TILE_CASE(name, 5, V_MAX)                                                             \
+        }                                                                                         \
+    }                                                                                             \
+    /* Columns [n0, n1). Few activation rows: the weights come from memory, in four streams, one   \
+     * from each quarter of the rows. Many: four neighbours stay in L1 for a block of them. */    \
+    attr static void name##_columns(const args_type *a, int64_t V, int64_t block, int64_t n0,     \
+                                    int64_t n1)                                                   \
+    {                                                                                             \
+        if (V <= STREAM_ROWS) {                                                                   \
+            const int64_t quarter = (n1 - n0) / 4;                                                \
+            for (int64_t n = n0; n < n0 + quarter; n++)                                           \
+                name##_rows(a, (gp_rows){n, quarter, n1}, 0, V);                                  \
+            n0 += 4 * quarter;                                                                    \
+        }                                                                                         \
+        for (int64_t v = 0; v < V; v += block)                                                    \
+            for (int64_t n = n0; n < n1; n += 4)                                                  \
+                name##_rows(a, (gp_rows){n, 1, n1}, v, gp_min(v + block, V));                     \
+    }
+
 #define TILE_LINEAR(name, attr, V_MAX)                                                            \
     TILE_STORE(attr)                                                                              \
     GP_INLINE attr void name##_tokens(const gp_int8_linear *a, const int8_t *const w[4],          \
-                                      int64_t v0, int V, int64_t n, int64_t n1, __m128 scale4,    \
-                                      __m128 bias4)                                               \
+                                      int64_t v0, int V, gp_rows at, __m128 scale4, __m128 bias4) \
     {                                                                                             \
         __m128i out[V_MAX];                                                                       \
         dot_tile(w, a->x + v0 * a->K_pad, a->K_pad, a->K, V, out);                                \
@@ -78,57 +116,33 @@ void gp_int8_linear_ref(const gp_int8_linear *a, int64_t n0, int64_t n1);
             }                                                                                     \
             t = _mm_mul_ps(t, _mm_set1_ps(a->x_scale[m]));                                        \
             TILE_FINISH(a, t);                                                                    \
-            tile_store(a->y, a->y_type, m * a->N + n, n1 - n, t);                                 \
+            tile_store(a->y, a->y_type, m * a->N, at, t);                                         \
         }                                                                                         \
     }                                                                                             \
+    TILE_VECTORS(name, attr, gp_int8_linear, V_MAX)                                               \
     attr static void name(const gp_int8_linear *a, int64_t n0, int64_t n1)                        \
     {                                                                                             \
-        const int64_t V = a->M * a->planes, block = TILE_BLOCK(a->K_pad, V_MAX);                  \
-        for (int64_t v0 = 0; v0 < V; v0 += block)                                                 \
-        for (int64_t n = n0; n < n1; n += 4) {                                                    \
-            TILE_ROWS(a, n, n1, w);                                                               \
-            int64_t v = v0, v1 = gp_min(v0 + block, V);                                           \
-            for (; v + V_MAX <= v1; v += V_MAX)                                                   \
-                name##_tokens(a, w, v, V_MAX, n, n1, scale4, bias4);                              \
-            switch (v1 - v) {                                                                     \
-            case 1: name##_tokens(a, w, v, 1, n, n1, scale4, bias4); break;                       \
-            case 2: name##_tokens(a, w, v, 2, n, n1, scale4, bias4); break;                       \
-            case 3: if (V_MAX > 3) name##_tokens(a, w, v, 3, n, n1, scale4, bias4); break;        \
-            case 4: if (V_MAX > 4) name##_tokens(a, w, v, 4, n, n1, scale4, bias4); break;        \
-            case 5: if (V_MAX > 5) name##_tokens(a, w, v, 5, n, n1, scale4, bias4); break;        \
-            }                                                                                     \
-        }                                                                                         \
+        if (a->K > GP_K_MAX)                                                                      \
+            gp_int8_linear_ref(a, n0, n1);                                                        \
+        else                                                                                      \
+            name##_columns(a, a->M * a->planes, TILE_BLOCK(a->K_pad, V_MAX), n0, n1);             \
     }
 
 #define TILE_FLOAT_LINEAR(name, attr, V_MAX)                                                      \
     GP_INLINE attr void name##_tokens(const gp_float_linear *a, const int8_t *const w[4],         \
-                                      int64_t m0, int V, int64_t n, int64_t n1, __m128 scale4,    \
-                                      __m128 bias4)                                               \
+                                      int64_t m0, int V, gp_rows at, __m128 scale4, __m128 bias4) \
     {                                                                                             \
         __m128 out[V_MAX];                                                                        \
         float_tile(w, a->x + m0 * a->K_pad, a->K_pad, a->K, V, out);                              \
         for (int v = 0; v < V; v++) {                                                             \
             __m128 t = out[v];                                                                    \
             TILE_FINISH(a, t);                                                                    \
-            tile_store(a->y, a->y_type, (m0 + v) * a->N + n, n1 - n, t);                          \
+            tile_store(a->y, a->y_type, (m0 + v) * a->N, at, t);                                  \
         }                                                                                         \
     }                                                                                             \
+    TILE_VECTORS(name, attr, gp_float_linear, V_MAX)                                              \
     attr static void name(const gp_float_linear *a, int64_t n0, int64_t n1)                       \
     {                                                                                             \
-        const int64_t block = TILE_BLOCK(4 * a->K_pad, V_MAX);                                    \
-        for (int64_t m0 = 0; m0 < a->M; m0 += block)                                              \
-        for (int64_t n = n0; n < n1; n += 4) {                                                    \
-            TILE_ROWS(a, n, n1, w);                                                               \
-            int64_t m = m0, m1 = gp_min(m0 + block, a->M);                                        \
-            for (; m + V_MAX <= m1; m += V_MAX)                                                   \
-                name##_tokens(a, w, m, V_MAX, n, n1, scale4, bias4);                              \
-            switch (m1 - m) {                                                                     \
-            case 1: name##_tokens(a, w, m, 1, n, n1, scale4, bias4); break;                       \
-            case 2: if (V_MAX > 2) name##_tokens(a, w, m, 2, n, n1, scale4, bias4); break;        \
-            case 3: if (V_MAX > 3) name##_tokens(a, w, m, 3, n, n1, scale4, bias4); break;        \
-            case 4: if (V_MAX > 4) name##_tokens(a, w, m, 4, n, n1, scale4, bias4); break;        \
-            case 5: if (V_MAX > 5) name##_tokens(a, w, m, 5, n, n1, scale4, bias4); break;        \
-            }                                                                                     \
-        }                                                                                         \
+        name##_columns(a, a->M, TILE_BLOCK(4 * a->K_pad, V_MAX), n0, n1);                         \
     }
 #endif
