@@ -18,11 +18,18 @@ from gpu_poor.nn import QuantizedEmbedding, QuantizedExperts, QuantizedModule, k
 CLASSES = ("linear", "embedding", "shared lm_head", "experts", "other")
 
 
-def _identity(tensor: Tensor) -> tuple:
-    """Equal for tensors on the same memory. Not the storage: a mapped file may be one storage."""
-    if tensor.device.type == "meta" or tensor.numel() == 0:
+def address(tensor: Tensor) -> tuple:
+    """Where a tensor starts. Not its storage: a mapped file may be one storage."""
+    if tensor.device.type == "meta" or tensor.numel() == 0 or tensor.layout is not torch.strided:
         return ("id", id(tensor))
-    return (str(tensor.device), tensor.data_ptr(), tensor.nbytes)
+    return (str(tensor.device), tensor.data_ptr())
+
+
+def identity(tensor: Tensor) -> tuple:
+    """Equal for tensors that are the same numbers in the same memory: one weight, when tied."""
+    if tensor.layout is not torch.strided:
+        return address(tensor)
+    return (*address(tensor), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def persistent_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -36,8 +43,8 @@ def persistent_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
         hidden = module._non_persistent_buffers_set
         tensors |= {k: v for k, v in module._buffers.items() if k not in hidden}
         for name, tensor in tensors.items():
-            if tensor is not None and _identity(tensor) not in seen:
-                seen.add(_identity(tensor))
+            if tensor is not None and identity(tensor) not in seen:
+                seen.add(identity(tensor))
                 yield module_name, module, name, tensor
 
 
@@ -58,7 +65,7 @@ def by_class(model: nn.Module, as_float: torch.dtype | None = None) -> dict[str,
     users: dict[str, set] = {"linear": set(), "embedding": set()}
     for module in model.modules():
         if (kind := class_of(module)) in users:
-            users[kind].add(_identity(module.weight))
+            users[kind].add(identity(module.weight))
     shared = users["linear"] & users["embedding"]
     total = dict.fromkeys(CLASSES, 0)
     for _, module, name, tensor in persistent_tensors(model):
@@ -66,7 +73,7 @@ def by_class(model: nn.Module, as_float: torch.dtype | None = None) -> dict[str,
         weights = weight_names(module)
         if name not in weights and name.removesuffix("_scale") not in weights:
             kind = "other"
-        elif kind in users and _identity(module.weight) in shared:
+        elif kind in users and identity(module.weight) in shared:
             kind = "shared lm_head"
         if as_float is not None and isinstance(module, QuantizedModule) and kind != "other":
             total[kind] += tensor.numel() * as_float.itemsize if name in weights else 0
@@ -112,14 +119,17 @@ def rss() -> dict[str, int]:
 
 
 def _mapped_files() -> list[tuple[int, int]]:
-    """Address ranges of this process that are pages of files; empty where that is unknown."""
+    """Address ranges of this process that are pages of files; empty where that is unknown.
+
+    Not those that are mapped to be shared, which other processes see: share_memory().
+    """
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
     ranges = []
     for line in maps.read_text().splitlines():
-        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
-        if inode != "0":
+        addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0" and permissions.endswith("p"):
             start, _, end = addresses.partition("-")
             ranges.append((int(start, 16), int(end, 16)))
     return ranges
@@ -136,16 +146,38 @@ def leave_files(model: nn.Module) -> int:
         How many bytes were copied.
     """
     ranges = _mapped_files()
-    copies: dict[tuple, Tensor] = {}
+    found = []
     for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_floating_point() or tensor.device.type != "cpu" or not tensor.numel():
+        strided = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not strided or not tensor.is_floating_point() or not tensor.numel():
             continue
-        if any(start <= tensor.data_ptr() < end for start, end in ranges):
-            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if key not in copies:
-                copies[key] = tensor.detach().clone()
-            tensor.data = copies[key]  # the same Parameter object: ties and optimizers hold it
-    return sum(copy.nbytes for copy in copies.values())
+        start = tensor.data_ptr()
+        if any(low <= start < high for low, high in ranges):
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            last = sum((size - 1) * stride for size, stride in steps)
+            found.append((start, start + (last + 1) * tensor.itemsize, tensor))
+    found.sort(key=lambda item: item[:2])
+    copied = 0
+    while found:  # what overlaps is copied as one, so that views go on sharing
+        start, end, _ = found[0]
+        views = []
+        while found and found[0][0] < end:
+            end = max(end, found[0][1])
+            views.append(found.pop(0))
+        _copy_together(start, end, views)
+        copied += end - start
+    return copied
+
+
+def _copy_together(start: int, end: int, views: list[tuple[int, int, Tensor]]) -> None:
+    """Move tensors that cover the addresses from start to end to one storage on the heap."""
+    source = views[0][2].untyped_storage()
+    offset = start - source.data_ptr()
+    storage = source[offset : offset + end - start].clone()
+    for first, _, tensor in views:
+        at = (first - start) // tensor.itemsize
+        view = torch.empty(0, dtype=tensor.dtype).set_(storage, at, tensor.shape, tensor.stride())
+        tensor.data = view  # the same Parameter object: ties and optimizers hold it
 
 
 def trim() -> bool:

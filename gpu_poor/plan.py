@@ -56,7 +56,9 @@ class Plan:
 
     def bytes_saved(self) -> int:
         """Bytes that go: shared weights once, scales counted against."""
-        weights = {id(w): w for target in self.targets for w in target.weights().values()}
+        weights = {
+            memory.identity(w): w for target in self.targets for w in target.weights().values()
+        }
         return sum(
             w.nbytes - w.numel() - 4 * (w.numel() // max(1, w.shape[-1])) for w in weights.values()
         )
@@ -73,8 +75,15 @@ class Plan:
 
 
 def as_patterns(value: Patterns) -> list[str]:
-    """None, one pattern or several as a list."""
-    return [value] if isinstance(value, str) else list(value or ())
+    """None, one pattern or several as a list.
+
+    Raises:
+        ValueError: something else.
+    """
+    patterns = [value] if isinstance(value, str) else list(value or ())
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"a pattern is a string, got {patterns!r:.80}")
+    return patterns
 
 
 def select(names: Iterable[str], patterns: list[str], what: str) -> set[str]:
@@ -118,8 +127,11 @@ def make_plan(
     for name, module in model.named_modules(remove_duplicate=False):
         modules.setdefault(id(module), (module, []))[1].append(name)
     names = [name for _, aliases in modules.values() for name in aliases]
-    critical = first_block(model) if critical_layers == "first" else as_patterns(critical_layers)
-    included = select(names, as_patterns(include), "include") if include else None
+    critical = as_patterns(critical_layers)
+    critical = first_block(model) if critical == ["first"] else critical
+    included = None if include is None else select(names, as_patterns(include), "include")
+    if included is not None and not included:
+        raise ValueError("include: an empty list leaves nothing to quantize; None takes everything")
     excluded = select(names, as_patterns(exclude), "exclude")
     critical_names = select(names, critical, "critical_layers")
 
@@ -147,26 +159,44 @@ def make_plan(
             plan.targets.append(Target(aliases, module, kind))
         else:
             plan.kept[aliases[0]] = (module, reason)
-    _keep_ties_whole(model, plan)
+    _keep_ties_whole(plan)
     return plan
 
 
-def _keep_ties_whole(model: nn.Module, plan: Plan) -> None:
-    """A weight that a kept module uses too stays in float: quantizing one side would add to it."""
-    users: dict[int, str] = {}
-    for name, (module, _) in plan.kept.items():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), name)
-    split = [
-        target
-        for target in plan.targets
-        if any(id(weight) in users for weight in target.weights().values())
-    ]
-    for target in split:
-        user = next(users[id(w)] for w in target.weights().values() if id(w) in users)
-        plan.targets.remove(target)
-        plan.kept[target.name] = (target.module, f"tied to {user}, which stays in float")
+def _keep_ties_whole(plan: Plan) -> None:
+    """A weight that stays in float for one of its modules stays so for all: int8 would add to it.
+
+    One that its modules read as different rows, such as a Linear and a Conv1D, has no int8 form
+    for both.
+    """
+    readers: dict[tuple, dict[tuple, str]] = {}
+    for target in plan.targets:
+        for name, weight in target.weights().items():
+            rows = target.kind.to_rows(target.module, name, weight)
+            layouts = readers.setdefault(memory.address(weight), {})
+            layouts.setdefault((rows.shape, rows.stride()), target.name)
+
+    def split(target: Target) -> str | None:
+        for weight in target.weights().values():
+            address = memory.address(weight)
+            if address in users:
+                return f"tied to {users[address]}, which stays in float"
+            if len(readers[address]) > 1:
+                return f"tied in different layouts: {', '.join(readers[address].values())}"
+        return None
+
+    reasons = [""]
+    while any(reason is not None for reason in reasons):
+        users = {
+            memory.address(parameter): name
+            for name, (module, _) in reversed(plan.kept.items())
+            for parameter in module._parameters.values()
+            if parameter is not None
+        }
+        reasons = [split(target) for target in plan.targets]
+        pairs = list(zip(plan.targets, reasons, strict=True))
+        plan.kept |= {t.name: (t.module, reason) for t, reason in pairs if reason is not None}
+        plan.targets = [target for target, reason in pairs if reason is None]
 
 
 def unsupported_weight(module: nn.Module, kind: type[QuantizedModule]) -> str | None:
@@ -236,11 +266,12 @@ def ties_of(model: nn.Module, scales: bool = True) -> dict[str, str]:
     the same weight but scales of their own are not tied, unless ``scales`` is False.
     """
     sources = set(getattr(model, "all_tied_weights_keys", {}).values())
-    groups: dict[tuple[int, int], list[tuple[bool, bool, str]]] = {}
+    groups: dict[tuple, list[tuple[bool, bool, str]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule) and module.weight_names == ("weight",):
             rank = (f"{name}.weight" not in sources, isinstance(module, KINDS["linear"]), name)
-            key = (id(module.weight), id(module.weight_scale) if scales else 0)
+            scale = memory.identity(module.weight_scale) if scales else ()
+            key = (memory.identity(module.weight), scale)
             groups.setdefault(key, []).append(rank)
     ties = {}
     for group in groups.values():

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import SimpleQueue
 
 import torch
@@ -13,7 +14,15 @@ from tqdm import tqdm
 from gpu_poor import memory, ops
 from gpu_poor.nn import QuantizedModule
 from gpu_poor.nn.base import quantize_rows, take_hooks
-from gpu_poor.plan import Patterns, Plan, Target, check_reduction, make_plan, share_scales
+from gpu_poor.plan import (
+    Patterns,
+    Plan,
+    Target,
+    as_patterns,
+    check_reduction,
+    make_plan,
+    share_scales,
+)
 from gpu_poor.receipt import make_receipt
 
 #: A bar shows up after this many seconds of work.
@@ -64,30 +73,29 @@ def quantize(
     started = time.perf_counter()
     check_options(bits, activation)
     check_quantizable(model)
-    plan = make_plan(model, include, exclude, critical_layers)
+    options = dict(include=include, exclude=exclude, critical_layers=critical_layers)
+    options = {
+        name: None if value is None else as_patterns(value) for name, value in options.items()
+    }
+    plan = make_plan(model, **options)
     if not allow_partial or not plan.targets:
         check_reduction(model, plan)
     check_finite(target_free_parameters(model, plan))
     before, kept = memory.by_class(model), plan.kept_groups()
-    swap(model, plan.targets, quantize_weights(plan, progress), activation)
-    share_scales(model)
-    del plan  # the last reference to the float weights
+    quantized = quantize_weights(plan, progress)
+    with restoring(model, plan.targets):
+        swap(model, plan.targets, quantized, activation)
+        share_scales(model)
+        if _is_transformers_model(model):
+            from gpu_poor import hf
+
+            options |= dict(bits=bits, activation=activation, allow_partial=allow_partial)
+            hf.attach(model, **options)
+    del plan, quantized  # the last reference to the float weights
     memory.leave_files(model)
     memory.trim()
     seconds = time.perf_counter() - started
     model.gpu_poor_receipt = make_receipt(model, before, kept, seconds)
-    if _is_transformers_model(model):
-        from gpu_poor import hf
-
-        hf.attach(
-            model,
-            bits=bits,
-            activation=activation,
-            include=include,
-            exclude=exclude,
-            critical_layers=critical_layers,
-            allow_partial=allow_partial,
-        )
     if verbose:
         print(model.gpu_poor_receipt)
     return model
@@ -101,7 +109,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Args:
         dtype: of the weights; by default the one the module answers in.
     """
-    shared: dict[int, nn.Parameter] = {}
+    shared: dict[tuple, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantizedModule):
             float_module = module.to_float(dtype)
@@ -109,7 +117,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             for weight in module.weight_names:
                 getattr(float_module, weight).requires_grad_(not module.frozen)
             if module.weight_names == ("weight",):
-                float_module.weight = shared.setdefault(id(module.weight), float_module.weight)
+                key = memory.identity(module.weight), memory.identity(module.weight_scale)
+                float_module.weight = shared.setdefault(key, float_module.weight)
             put(model, name, float_module)
     if hasattr(model, "gpu_poor_receipt"):
         del model.gpu_poor_receipt
@@ -145,12 +154,19 @@ def check_quantizable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise ValueError(f"{name} is on the meta device: there is nothing to quantize")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{name} is sparse: quantize takes models of dense tensors")
 
 
 def check_finite(parameters: Iterator[tuple[str, Tensor]]) -> None:
     """Raise ValueError naming the first parameter with a NaN or an infinity."""
     for name, parameter in parameters:
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        if not parameter.is_floating_point():
+            continue
+        if parameter.itemsize == 1:  # torch cannot ask a float8
+            parameter = parameter.float()
+        if not bool(torch.isfinite(parameter).all()):
             raise not_finite(name)
 
 
@@ -173,11 +189,10 @@ Quantized = dict[int, tuple[nn.Parameter, Tensor]]
 @torch.no_grad()
 def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
     """``{id of the float weight: (int8 Parameter, scale)}``; the model is not touched."""
-    weights = {
-        id(weight): (target, name, weight)
-        for target in plan.targets
-        for name, weight in target.weights().items()
-    }
+    every = [(t, name, weight) for t in plan.targets for name, weight in t.weights().items()]
+    weights = {}
+    for target, name, weight in every:
+        weights.setdefault(memory.identity(weight), (target, name, weight))
     show = sys.stderr.isatty() if progress is None else progress
     bar = tqdm(
         total=sum(weight.nbytes for *_, weight in weights.values()),
@@ -198,7 +213,7 @@ def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
         finally:
             scratch.put(buffer)
 
-    done: Quantized = {}
+    done = {}
     with bar, ThreadPoolExecutor(scratch.qsize()) as pool:
         for key, (q, scale) in zip(rows, pool.map(work, rows.values()), strict=True):
             target, name, weight = weights[key]
@@ -207,7 +222,7 @@ def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
                 raise not_finite(f"{target.name}.{name}")
             done[key] = nn.Parameter(q, requires_grad=False), scale
             bar.update(weight.nbytes)
-    return done
+    return {id(weight): done[memory.identity(weight)] for *_, weight in every}
 
 
 def _scratch(rows: list[Tensor]) -> SimpleQueue:
@@ -236,6 +251,20 @@ def swap(model: nn.Module, targets: list[Target], quantized: Quantized, activati
     for target, module in zip(targets, modules, strict=True):
         for name in target.names:
             put(model, name, module)
+
+
+@contextmanager
+def restoring(model: nn.Module, targets: list[Target]) -> Iterator[None]:
+    """Put the float modules back if what is done meanwhile fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        for target in targets:
+            for name in target.names:
+                parent, _, child = name.rpartition(".")
+                # Not setattr, which may be what has failed.
+                model.get_submodule(parent)._modules[child] = target.module
+        raise
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

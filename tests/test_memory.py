@@ -116,7 +116,7 @@ def test_no_page_of_the_float_checkpoint_stays_mapped(way, tmp_path):
 def test_leave_files_keeps_parameters_and_ties(tmp_path):
     values = torch.arange(8.0)
     values.numpy().tofile(tmp_path / "data")
-    mapped = torch.from_file(str(tmp_path / "data"), shared=True, size=8)
+    mapped = torch.from_file(str(tmp_path / "data"), size=8)  # private, as of safetensors
     model = nn.Module()
     model.a = nn.Parameter(mapped)
     model.b = nn.Parameter(mapped)  # another object on the same memory
@@ -128,6 +128,30 @@ def test_leave_files_keeps_parameters_and_ties(tmp_path):
     assert torch.equal(model.a, values) and model.a.data_ptr() == model.b.data_ptr()
     assert model.a.data_ptr() != mapped.data_ptr() or copied == 0
     assert model.c.data_ptr() == heap
+
+
+def test_views_of_a_file_go_on_sharing_on_the_heap(tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(b"".join(x.to_bytes(4, "little") for x in range(24)))
+    mapped = torch.from_file(str(path), size=24)
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(mapped[:16].view(4, 4)), nn.Parameter(mapped[8:12])
+    model.c = nn.Parameter(mapped[:16].view(4, 4).t())
+    expected = [p.detach().clone() for p in model.parameters()]
+    assert memory.leave_files(model) == (64 if sys.platform == "linux" else 0)
+    for parameter, values in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter, values)
+    with torch.no_grad():
+        model.a[2] = 7.0
+    assert (model.b == 7).all() and (model.c[:, 2] == 7).all()
+
+
+def test_shared_memory_is_left_alone():
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).share_memory()
+    places = [p.data_ptr() for p in model.parameters()]
+    assert memory.leave_files(model) == 0
+    assert [p.data_ptr() for p in model.parameters()] == places
+    assert all(p.is_shared() for p in model.parameters())
 
 
 def test_trim_gives_back_small_blocks():

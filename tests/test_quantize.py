@@ -167,6 +167,30 @@ def test_one_side_of_a_tie_keeps_both():
     assert "tied to lm_head, which stays in float" in reasons
 
 
+def test_a_weight_that_is_read_in_two_layouts_stays_in_float():
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    model = mlp(nn.Linear(96, 96, bias=False), pytorch_utils.Conv1D(96, 96))
+    model[5].weight = model[4].weight
+    x = torch.randn(2, 96)
+    expected = model(x)
+    quantize(model, allow_partial=True, verbose=False)
+    assert int8_names(model) == {"0", "3"} and model[4].weight is model[5].weight
+    assert "tied in different layouts: 4, 5" in {k.reason for k in gpu_poor.receipt(model).kept}
+    assert (model(x) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_weights_tied_by_storage_are_one():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    model[1].weight.data = model[0].weight.data
+    before = memory.parameter_bytes(model)
+    quantize(model, verbose=False)
+    assert model[0].weight is model[1].weight
+    assert model[0].weight_scale is model[1].weight_scale
+    assert memory.parameter_bytes(model) < 0.3 * before
+    gpu_poor.dequantize(model)
+    assert model[0].weight is model[1].weight
+
+
 # -- refusals ----------------------------------------------------------------------------------
 
 
@@ -287,6 +311,69 @@ def test_a_narrow_model_is_told_so():
 def test_nothing_to_quantize_is_an_error(partial):
     with pytest.raises(ValueError, match="only 0.0% smaller"):
         quantize(nn.Sequential(nn.LayerNorm(8)), allow_partial=partial)
+
+
+class Container(nn.Sequential):
+    """Refuses its second module."""
+
+    error: BaseException
+
+    def __setattr__(self, name, value):
+        if name == "3":
+            raise self.error
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_swap_is_undone(error):
+    model = nn.Sequential(nn.Linear(128, 128), Container(*mlp()))
+    model[1].error = error()
+    before = snapshot(model)
+    with pytest.raises(error):
+        quantize(model, verbose=False)
+    assert_untouched(model, before)
+
+
+def test_a_failing_attach_is_undone(monkeypatch):
+    model = make_model("llama-tied")
+    before = snapshot(model)
+    monkeypatch.setattr("gpu_poor.hf.attach", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quantize(model, verbose=False)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("patterns", [{"lm_head"}, ("lm_head",), iter(["lm_head"]), "lm_head"])
+def test_patterns_come_in_any_collection(patterns):
+    model = quantize(make_model("llama"), exclude=patterns, allow_partial=True, verbose=False)
+    assert int8_names(model) and "lm_head" not in int8_names(model)
+    assert model.config.quantization_config.exclude == ["lm_head"]
+
+
+@pytest.mark.parametrize("patterns", [[3], [None], {b"lm_head"}])
+def test_a_pattern_is_a_string(patterns):
+    model = make_model("llama")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="a pattern is a string"):
+        quantize(model, exclude=patterns, verbose=False)
+    assert_untouched(model, before)
+
+
+def test_an_empty_include_is_an_error():
+    with pytest.raises(ValueError, match="include: an empty list"):
+        quantize(mlp(), include=[], verbose=False)
+
+
+def test_float8_stays_and_sparse_is_refused():
+    model = mlp()
+    eight = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    model.eight = nn.Parameter(eight, requires_grad=False)
+    quantize(model, verbose=False)
+    assert model.eight.dtype == torch.float8_e4m3fn
+    model = mlp()
+    model.sparse = nn.Parameter(torch.eye(4).to_sparse())
+    with pytest.raises(ValueError, match="sparse is sparse"):
+        quantize(model, verbose=False)
 
 
 # -- what stays as it was ------------------------------------------------------------------------
