@@ -148,10 +148,11 @@ INLINE void load_tail(const gp_int8_linear *a, int64_t n, int8_t tail[16 * 64])
         _mm512_store_si512(tail + 64 * r, _mm512_maskz_loadu_epi8(mask, a->w + (n + r) * a->K + k));
 }
 
-/* Weight bytes to bring into L2, a few lines with each step of the tiles. */
+/* Weights to bring into L2, a few lines with each step of the tiles: [next, end) and as much from
+ * next + half on, for two streams are faster than one (up to 15 %, four no more). */
 typedef struct {
     const int8_t *next, *end;
-    int64_t lines; /* a step */
+    int64_t half, pairs; /* of lines, a step */
 } gp_ahead;
 
 /* Columns [k0, k1) of 16 * R weight rows from n times groups g and (if G == 2) g + 1, added to the
@@ -198,8 +199,10 @@ INLINE void tiles(const gp_int8_linear *a, int64_t n, int R, int64_t g, int G, i
             for (int r = 0; r < 16 * R; r++)
                 _mm_prefetch((const char *)w0 + r * a->K + k + STREAM_AHEAD + next, _MM_HINT_T0);
         } else if (ahead->next < ahead->end) {
-            for (int64_t i = 0; i < ahead->lines; i++, ahead->next += 64)
+            for (int64_t i = 0; i < ahead->pairs; i++, ahead->next += 64) {
                 _mm_prefetch((const char *)ahead->next, _MM_HINT_T1);
+                _mm_prefetch((const char *)ahead->next + ahead->half, _MM_HINT_T1);
+            }
         }
     }
     _tile_stored(0, c[0], 64);
@@ -224,10 +227,11 @@ INLINE void panels(const gp_int8_linear *a, int64_t n, int R, int P, int64_t g0,
                 load_tail(a, n + rows * p + 16 * r, tails[p] + r * 16 * 64);
     const int64_t blocks = gp_ceil_div(g1 - g0, 2);
     const int8_t *next = a->w + (n + rows * P) * a->K;
-    gp_ahead ahead = {next, next, 0};
+    gp_ahead ahead = {next, next, 0, 0};
     if (P > 1) {
-        ahead.end += gp_min(rows_left, rows * P) * a->K;
-        ahead.lines = gp_ceil_div(rows * a->K, blocks * a->K_pad);
+        ahead.half = gp_min(rows_left, rows * P) * a->K / 2;
+        ahead.end += ahead.half;
+        ahead.pairs = gp_ceil_div(rows * a->K, 2 * blocks * a->K_pad);
     }
     for (int64_t g = g0; g < g1; g += 2) {
         const int G = g + 1 < g1 ? 2 : 1, stream = P == 1 && g == g0;
