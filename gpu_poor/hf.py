@@ -24,10 +24,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from gpu_poor import memory, ops
 from gpu_poor.hf_load import (
     METHOD,
+    add_missing_ties,
     candidates,
     check_complete,
     check_files,
     check_loaded,
+    float_parameters,
     read_headers,
     saved_targets,
     swap_skeleton,
@@ -140,6 +142,13 @@ class GpuPoorQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         """Swap the modules of the skeleton, which is on the meta device."""
         config = self.quantization_config
+        listed = list(config.modules or ()) if self.pre_quantized else []
+        header = {}
+        if self.pre_quantized:
+            header = read_headers(checkpoint_files or ())
+            add_missing_ties(model, config, header)
+        else:
+            read_headers(f for f in checkpoint_files or () if str(f).endswith(".safetensors"))
         tie_skeleton(model, config.ties if self.pre_quantized else None)
         if self.pre_quantized:
             targets = saved_targets(model, config)
@@ -151,9 +160,8 @@ class GpuPoorQuantizer(HfQuantizer):
             self._before, self._kept = memory.by_class(model), plan.kept_groups()
         swap_skeleton(model, targets, config, torch.int8 if self.pre_quantized else None)
         if self.pre_quantized and checkpoint_files is not None:
-            check_files(model, checkpoint_files)
-        else:
-            read_headers(f for f in checkpoint_files or () if str(f).endswith(".safetensors"))
+            check_files(model, header, listed)
+        self._floats = float_parameters(model)
         return model
 
     @property
@@ -177,7 +185,7 @@ class GpuPoorQuantizer(HfQuantizer):
                 raise self._incoming.errors[0]
             check_complete(model, scales=self.pre_quantized)
             self._restore_shared_scales(model)
-            check_loaded(model)
+            check_loaded(model, self._floats)
         finally:
             self._incoming = Incoming()
         if not self.pre_quantized:
@@ -297,6 +305,10 @@ def load(path: str | Path, **kwargs) -> nn.Module:
 
     The same as ``AutoModelForCausalLM.from_pretrained(path)``, but it says so when the folder is
     not quantized by gpu_poor instead of loading float weights.
+
+    **Import gpu_poor before any** ``from_pretrained`` **of such a folder.** Without it transformers
+    only warns ("Unknown quantization type, got gpu-poor") and loads the int8 values, unscaled, into
+    float layers: the model answers nonsense. It has no hook by which the folder could refuse.
 
     Args:
         path: what ``from_pretrained`` takes.

@@ -42,6 +42,33 @@ def saved_targets(model: nn.Module, config) -> list[Target]:
     return list(targets.values())
 
 
+def add_missing_ties(model: nn.Module, config, header: dict) -> None:
+    """List the modules that this model, but not the saved one, ties to an int8 module.
+
+    A base model saved on its own lists no lm_head, and transformers ties one to it all the same.
+
+    Args:
+        header: of the files; a module whose weight they hold is not tied.
+
+    Raises:
+        ValueError: such a module is of no kind.
+    """
+    listed = set(config.modules or {})
+    for name, source in model.all_tied_weights_keys.items():
+        module, owner = name.removesuffix(".weight"), source.removesuffix(".weight")
+        if (
+            not listed.intersection(candidates(model, owner))
+            or listed.intersection(candidates(model, module))
+            or any(candidate in header for candidate in candidates(model, name))
+        ):
+            continue
+        kind = kind_of(model.get_submodule(module)) if module != name else None
+        if kind is None:
+            raise ValueError(f"{METHOD} config: {name} is tied to the int8 {source}, of no kind")
+        config.modules[module] = kind.kind
+        config.ties = (config.ties or {}) | {module: owner}
+
+
 def candidates(model: nn.Module, name: str) -> tuple[str, ...]:
     """The names that ``name`` may have where the base model is saved or loaded on its own."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -100,14 +127,29 @@ def swap_skeleton(
     share_scales(model)
 
 
-def check_files(model: nn.Module, files: list[str]) -> None:
-    """Check by their headers that the files hold every int8 weight and scale of a skeleton.
+def check_files(model: nn.Module, header: dict, listed: Iterable[str]) -> None:
+    """Check that the files hold every int8 weight and scale of a skeleton, and no others.
+
+    Args:
+        header: of :func:`read_headers`.
+        listed: the names of the modules that are int8 in the files.
 
     Raises:
-        ValueError: a file is no safetensors, truncated or corrupted; a tensor is missing, or has
-            another dtype or shape.
+        ValueError: a tensor is missing, or has another dtype or shape, or is of no listed module.
     """
-    header = read_headers(files)
+    listed, modules = set(listed), dict(model.named_modules())
+    for full, (dtype, _) in header.items():
+        is_scale = full.endswith("_scale") and full.removesuffix("_scale") in header
+        if dtype != "I8" and not is_scale:
+            continue
+        module_name, _, leaf = full.rpartition(".")
+        names = candidates(model, module_name)
+        known = not listed.isdisjoint(names)
+        module = next((modules[name] for name in names if name in modules), None)
+        if known and isinstance(module, QuantizedModule):
+            known = leaf.removesuffix("_scale") in module.weight_names
+        if not known:
+            raise ValueError(f"{full} is {dtype} in the checkpoint, but the config lists no such")
     tied = set(ties_of(model))
     for module_name, module in model.named_modules():
         if not isinstance(module, QuantizedModule) or module_name in tied:
@@ -163,12 +205,30 @@ def check_complete(model: nn.Module, scales: bool) -> None:
         raise ValueError(f"{lacking[0]} was not in the checkpoint")
 
 
-def check_loaded(model: nn.Module) -> None:
+def float_parameters(model: nn.Module) -> set[str]:
+    """The names of the floating point parameters outside of the quantized modules."""
+    return {
+        f"{module_name}.{name}" if module_name else name
+        for module_name, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_floating_point()
+        if not isinstance(module, QuantizedModule) or name not in module.weight_names
+    }
+
+
+def check_loaded(model: nn.Module, floats: set[str]) -> None:
     """Check the data of a loaded model.
+
+    Args:
+        floats: the :func:`float_parameters` of its skeleton.
 
     Raises:
         ValueError: naming the tensor.
     """
+    if stray := sorted(floats - float_parameters(model)):
+        name = stray[0]
+        dtype = getattr(dict(model.named_parameters(remove_duplicate=False)).get(name), "dtype", 0)
+        raise ValueError(f"{name} is {dtype or 'gone'} after loading, expected floating point")
     for module_name, module in model.named_modules():
         if not isinstance(module, QuantizedModule):
             continue

@@ -132,7 +132,7 @@ def test_a_fresh_process_needs_only_import_gpu_poor(tmp_path):
         "assert torch.allclose(actual, expected, atol=1e-5), (actual - expected).abs().max()\n"
         "assert model.lm_head.weight_scale is model.model.embed_tokens.weight_scale\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -155,6 +155,15 @@ def test_base_model_loads_from_a_causal_lm_folder(tmp_path):
     ids = tokens()
     with torch.no_grad():
         assert torch.equal(base(ids)[0], model.model(ids)[0])
+
+
+def test_base_model_loads_as_a_tied_causal_lm(tmp_path):
+    """The saved list knows no lm_head; it is tied to the int8 embedding all the same."""
+    model = make_model("llama-tied")
+    quantize(model.model, verbose=False).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(logits(loaded), logits(quantize(make_model("llama-tied"), verbose=False)))
 
 
 def test_generate(tmp_path):
@@ -337,7 +346,7 @@ def test_streaming_peak_is_the_int8_model_and_one_tensor(name, tmp_path):
         "print(peak - base, gpu_poor.memory.rss()['anon'] - base,\n"
         "      gpu_poor.memory.parameter_bytes(model))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     peak, after, size = map(int, done.stdout.split()[-3:])
     largest = 10000 * changes["hidden_size"] * 4

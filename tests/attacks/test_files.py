@@ -185,6 +185,47 @@ def test_a_folder_saved_tied_loads_only_tied(folder):
         gpu_poor.load(folder)
 
 
+def edit_config(folder, change):
+    """Apply ``change`` to the config.json of a folder."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("architectures", [None, ["X"]])
+@pytest.mark.parametrize("name", [WEIGHT.removesuffix(".weight"), "model.embed_tokens"])
+def test_int8_tensors_of_a_module_that_is_not_listed(folder, load, name, architectures):
+    def change(config):
+        kind = config["quantization_config"]["modules"].pop(name)
+        config["quantization_config"]["modules"] |= {"unknown": kind} if architectures else {}
+        config["architectures"] = architectures or config["architectures"]
+
+    edit_config(folder, change)
+    with pytest.raises(ValueError, match=f"{name}.weight"):
+        load(folder)
+
+
+def test_a_tied_head_that_is_not_listed_is_tied_all_the_same(folder, load):
+    expected = logits(load(folder))
+
+    def change(config):
+        del config["quantization_config"]["modules"]["lm_head"]
+        config["quantization_config"]["ties"] = {}
+
+    edit_config(folder, change)
+    loaded = load(folder)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_a_norm_that_is_no_float(folder, load, dtype):
+    edit(folder, lambda s: s.update({"model.norm.weight": torch.ones(128, dtype=dtype)}))
+    with pytest.raises(ValueError, match=r"model.norm.weight is"):
+        load(folder)
+
+
 # -- quantizing a damaged float folder while loading ---------------------------------------------
 
 
