@@ -191,6 +191,58 @@ def test_weights_tied_by_storage_are_one():
     assert model[0].weight is model[1].weight
 
 
+_SMALL = {"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 2}
+_DEBERTA = _SMALL | {
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "relative_attention": True,
+    "pos_att_type": ["c2p", "p2c"],
+    "position_biased_input": False,
+    "max_position_embeddings": 64,
+}
+_BLOOM = {"vocab_size": 200, "hidden_size": 64, "n_layer": 2, "n_head": 4, "pretraining_tp": 2}
+_MAMBA2 = _SMALL | {"num_heads": 4, "head_dim": 32, "n_groups": 1, "state_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "kept"),
+    [
+        ("MambaForCausalLM", _SMALL, {"dt_proj", "lm_head"}),
+        ("FalconMambaForCausalLM", _SMALL, {"dt_proj", "lm_head"}),
+        ("Mamba2ForCausalLM", _MAMBA2, {"lm_head"}),
+        ("DebertaModel", _DEBERTA, {"in_proj", "rel_embeddings"}),
+        ("DebertaV2Model", _DEBERTA, {"rel_embeddings"}),
+        ("DebertaV2ForMaskedLM", _DEBERTA | {"legacy": False}, {"rel_embeddings"}),
+        ("BloomForCausalLM", _BLOOM | {"slow_but_exact": True}, {"dense", "dense_4h_to_h"}),
+        ("BloomForCausalLM", _BLOOM, set()),
+    ],
+)
+@torch.no_grad()
+def test_weights_that_their_owner_reads_stay_in_float(name, config, kept):
+    transformers = pytest.importorskip("transformers")
+    config_class = getattr(transformers, name).config_class
+    model = getattr(transformers, name)(config_class(**config)).eval()
+    ids = torch.randint(1, 200, (2, 9))
+    expected = model(ids)[0]
+    quantize(model, allow_partial=True, verbose=False)
+    assert (model(ids)[0] - expected).norm() < 0.05 * expected.norm()
+    names = {n.rpartition(".")[2] for n in int8_names(model)}
+    assert names and not names & kept
+
+
+@torch.no_grad()
+def test_the_fast_path_of_torch_reads_weights():
+    layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True)
+    model = nn.Sequential(nn.Linear(64, 64), nn.TransformerEncoder(layer, 2)).eval()
+    x = torch.randn(2, 9, 64)
+    expected = model(x)
+    quantize(model, allow_partial=True, verbose=False)
+    assert int8_names(model) == {"0"}
+    assert (model(x) - expected).norm() < 0.05 * expected.norm()
+    reasons = {kept.reason for kept in gpu_poor.receipt(model).kept}
+    assert "its owner reads the weight itself" in reasons
+
+
 # -- refusals ----------------------------------------------------------------------------------
 
 
