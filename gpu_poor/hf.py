@@ -238,7 +238,8 @@ class GpuPoorQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model, *args, **kwargs):
         """Called first by save_pretrained: bring the saved list up to date."""
         describe(model, self.quantization_config)
-        model.config.quantization_config = self.quantization_config
+        modules = self.quantization_config.modules
+        model.config.quantization_config = self.quantization_config if modules else None
         return None, {}
 
     def _dequantize(self, model, dtype=None):
@@ -257,9 +258,23 @@ def attach(model: nn.Module, **options) -> None:
 
 
 def _attach(model: nn.Module, quantizer: GpuPoorQuantizer) -> None:
+    """Also the models inside, each with a config that has its own names: it may be saved alone."""
+    for inner in _models(model):
+        if inner is not model:
+            _attach_one(inner, copy.deepcopy(quantizer))
+    _attach_one(model, quantizer)  # last: the models inside may share its config
+
+
+def _models(model: nn.Module) -> list[nn.Module]:
+    from transformers import PreTrainedModel  # its module is what imports this one
+
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _attach_one(model: nn.Module, quantizer: GpuPoorQuantizer) -> None:
     config = quantizer.quantization_config
     describe(model, config)
-    model.config.quantization_config = config
+    model.config.quantization_config = config if config.modules else None
     model.hf_quantizer = quantizer
     model.quantization_method = METHOD
     # Only a bar to .half() and .float() in transformers, and ours take both.
@@ -272,12 +287,12 @@ def _attach(model: nn.Module, quantizer: GpuPoorQuantizer) -> None:
 
 def detach(model: nn.Module) -> None:
     """Undo :func:`attach` after the weights have become float again."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
-        model.__dict__.pop(name, None)
-    model.__dict__.pop("resize_token_embeddings", None)
-    model.is_quantized = False
+    added = "hf_quantizer", "quantization_method", "_weight_conversions", "resize_token_embeddings"
+    for inner in _models(model):
+        inner.config.__dict__.pop("quantization_config", None)
+        for name in added:
+            inner.__dict__.pop(name, None)
+        inner.is_quantized = False
 
 
 def describe(model: nn.Module, config: GpuPoorConfig) -> None:

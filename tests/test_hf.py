@@ -166,6 +166,23 @@ def test_base_model_loads_as_a_tied_causal_lm(tmp_path):
     assert torch.equal(logits(loaded), logits(quantize(make_model("llama-tied"), verbose=False)))
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "gpt2"])
+def test_the_model_inside_can_be_saved_alone(name, tmp_path):
+    model, folder = saved(tmp_path, name)
+    for outer in (model, load_class(name).from_pretrained(folder)):
+        inner, ids = outer.base_model, tokens()
+        inner.save_pretrained(tmp_path / "inner")
+        loaded = transformers.AutoModel.from_pretrained(tmp_path / "inner")
+        with torch.no_grad():
+            assert torch.equal(loaded(ids)[0], inner(ids)[0])
+        outer.save_pretrained(tmp_path / "outer")  # its own names again
+        again = load_class(name).from_pretrained(tmp_path / "outer")
+        assert torch.equal(logits(again), logits(model))
+    gpu_poor.dequantize(model).base_model.save_pretrained(tmp_path / "float")
+    config = json.loads((tmp_path / "float" / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
 def test_generate(tmp_path):
     model, folder = saved(tmp_path)
     ids = tokens(1, 5)
