@@ -334,6 +334,7 @@ def test_streaming_refuses_what_quantize_refuses(tmp_path):
 def test_streaming_peak_is_the_int8_model_and_one_tensor(name, tmp_path):
     """Anonymous memory while loading: at most 1.10 x the int8 model and the largest tensor.
 
+    And no page of the float checkpoint stays mapped, which would count as this process's memory.
     The largest tensor is the embedding: the experts of a Mixtral layer, once merged, are larger.
     """
     hook = hasattr(transformers.quantizers.HfQuantizer, "update_weight_conversions")
@@ -360,6 +361,8 @@ def test_streaming_peak_is_the_int8_model_and_one_tensor(name, tmp_path):
         f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r},\n"
         "    quantization_config=gpu_poor.GpuPoorConfig(bits=8))\n"
         "stop = True; thread.join()\n"
+        f"left = [line for line in open('/proc/self/maps') if {str(tmp_path)!r} in line]\n"
+        "assert not left, left\n"
         "print(peak - base, gpu_poor.memory.rss()['anon'] - base,\n"
         "      gpu_poor.memory.parameter_bytes(model))\n"
     )
