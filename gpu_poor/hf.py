@@ -213,7 +213,7 @@ class GpuPoorQuantizer(HfQuantizer):
                 continue
             if name in scales and owner not in scales:  # the file has lm_head's name only
                 source.own_scale("weight", scales[name])
-            module.share_scale("weight", source.weight_scale)
+            module.share_scale("weight", source)
 
     def _is_tied(self, model, name: str, owner: str) -> bool:
         if self.pre_quantized:
