@@ -157,15 +157,14 @@ def gemm_contenders(buffer: torch.Tensor, n: int, k: int, m: int) -> dict[str, C
 
 
 def gemm(buffer: torch.Tensor, n: int, k: int, rounds: int, threads: int) -> list[dict]:
-    """Rows for M = 512 on one shape, the AMX peak taking its turn among the contenders."""
+    """Rows for M = 512 on one shape.
+
+    The AMX peak is the threads' own timing (machine.peaks): a call short enough to take turns here
+    is mostly thread start, which made the shares twice too good.
+    """
     calls = gemm_contenders(buffer, n, k, GEMM_M)
-    has_amx = machine.peaks(threads)["amx_tops"] is not None
-    peak_iterations = 50_000
-    if has_amx:
-        calls["peak"] = lambda: machine.library().amx_peak(peak_iterations, threads)
+    peak_tops = machine.peaks(threads)["amx_tops"]
     samples = timing.interleave(calls, rounds, warmup=2)
-    peak = samples.pop("peak", None)
-    peak_operations = 4 * 32768 * peak_iterations * threads
     operations = 2 * GEMM_M * n * k
     rows = []
     for name, seconds in samples.items():
@@ -176,8 +175,8 @@ def gemm(buffer: torch.Tensor, n: int, k: int, rounds: int, threads: int) -> lis
             row[f"speedup_{rival.split()[1]}"] = timing.summary(
                 timing.ratios(samples[rival], seconds)
             )
-        if peak:
-            shares = [operations / s / (peak_operations / p) for s, p in zip(seconds, peak)]  # noqa: B905
+        if peak_tops:
+            shares = [operations / second / 1e12 / peak_tops for second in seconds]
             row["of_amx_peak"] = timing.summary(shares)
         rows.append(row)
     return rows
