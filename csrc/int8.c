@@ -9,15 +9,21 @@
 
 #include "common.h"
 
-static float int8_quantize_row_ref(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
-                                   int64_t stride, int32_t *sum)
+/* As integers, magnitudes order like floats, infinity above them and NaN above infinity. */
+static uint32_t absmax_bits(const void *x, gp_dtype type, int64_t K)
 {
-    /* As integers, magnitudes order like floats, infinity above them and NaN above infinity. */
     uint32_t bits = 0;
     for (int64_t k = 0; k < K; k++) {
         uint32_t b = gp_bits(gp_load(x, type, k)) & 0x7fffffffu;
         bits = b > bits ? b : bits;
     }
+    return bits;
+}
+
+static float int8_quantize_row_ref(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
+                                   int64_t stride, int32_t *sum)
+{
+    uint32_t bits = absmax_bits(x, type, K);
     float absmax = gp_from_bits(bits), scale = 0, inverse = 0;
     int live = bits < 0x7f800000u && absmax > GP_TINY;
     if (live) {
@@ -53,11 +59,7 @@ static float int8_quantize_row_ref(const void *x, gp_dtype type, int64_t K, int 
 static float int8_quantize_weight_row_ref(const void *x, gp_dtype type, int64_t K, int8_t *q,
                                           int16_t *fixed)
 {
-    uint32_t bits = 0;
-    for (int64_t k = 0; k < K; k++) {
-        uint32_t b = gp_bits(gp_load(x, type, k)) & 0x7fffffffu;
-        bits = b > bits ? b : bits;
-    }
+    uint32_t bits = absmax_bits(x, type, K);
     float absmax = gp_from_bits(bits);
     if (bits >= 0x7f800000u || absmax <= GP_TINY) {
         memset(q, 0, (size_t)K);

@@ -20,7 +20,7 @@
 #include "avx512.h"
 
 /* Bytes of packed activations worked on at a time: half of a 2 MB L2, the other half is for the
- * 32 weight rows in use and the 32 prefetched next. */
+ * PANELS of 32 weight rows in use and as many prefetched next. */
 #define BLOCK_BYTES (1 << 20)
 
 /* Bytes ahead in each row, and up to how many blocks of tokens a panel counts as streamed. */

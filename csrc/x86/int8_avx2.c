@@ -70,25 +70,27 @@ INLINE int32_t add_lanes(__m256i v)
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
-INLINE uint32_t max_lane(__m256i v)
+/* The reference's absmax_bits. */
+INLINE uint32_t absmax_bits(const void *x, gp_dtype type, int64_t K)
 {
-    uint32_t lanes[8], max = 0;
-    _mm256_storeu_si256((__m256i *)lanes, v);
-    for (int i = 0; i < 8; i++) max = lanes[i] > max ? lanes[i] : max;
-    return max;
+    const int64_t K8 = K / 8 * 8;
+    __m256i top = _mm256_setzero_si256();
+    for (int64_t k = 0; k < K; k += 8) {
+        __m256 v = k < K8 ? load8(x, type, k) : load_tail(x, type, k, K - k);
+        top = _mm256_max_epi32(
+            top, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));
+    }
+    uint32_t lanes[8], bits = 0;
+    _mm256_storeu_si256((__m256i *)lanes, top);
+    for (int i = 0; i < 8; i++) bits = lanes[i] > bits ? lanes[i] : bits;
+    return bits;
 }
 
 INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
                           int64_t stride, int32_t *sum)
 {
     const int64_t K8 = K / 8 * 8;
-    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-    __m256i top = _mm256_setzero_si256();
-    for (int64_t k = 0; k < K; k += 8) {
-        __m256 v = k < K8 ? load8(x, type, k) : load_tail(x, type, k, K - k);
-        top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(v), magnitude));
-    }
-    uint32_t bits = max_lane(top);
+    uint32_t bits = absmax_bits(x, type, K);
     float absmax = gp_from_bits(bits), scale = 0, inverse = 0;
     int live = bits < 0x7f800000u && absmax > GP_TINY;
     if (live) {
@@ -161,13 +163,7 @@ INLINE float quantize_weight_row(const void *x, gp_dtype type, int64_t K, int8_t
                                  int16_t *fixed)
 {
     const int64_t K8 = K / 8 * 8;
-    __m256i top = _mm256_setzero_si256();
-    for (int64_t k = 0; k < K; k += 8) {
-        __m256 v = k < K8 ? load8(x, type, k) : load_tail(x, type, k, K - k);
-        top = _mm256_max_epi32(
-            top, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));
-    }
-    uint32_t bits = max_lane(top);
+    uint32_t bits = absmax_bits(x, type, K);
     float absmax = gp_from_bits(bits);
     if (bits >= 0x7f800000u || absmax <= GP_TINY) {
         memset(q, 0, (size_t)K);

@@ -18,18 +18,23 @@
 #define STREAM_ROWS 4
 #include "linear_tile.h"
 
+/* The reference's absmax_bits. */
+INLINE uint32_t absmax_bits(const void *x, gp_dtype type, int64_t K)
+{
+    __m512i top = _mm512_setzero_si512();
+    for (int64_t k = 0; k < K; k += 16) {
+        __m512i v = _mm512_castps_si512(load16(x, type, k, tail_mask(K - k)));
+        top = _mm512_max_epi32(top, _mm512_and_si512(v, _mm512_set1_epi32(0x7fffffff)));
+    }
+    return (uint32_t)_mm512_reduce_max_epi32(top);
+}
+
 INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
                           int64_t stride, int32_t *sum)
 {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i top = _mm512_setzero_si512();
-    for (int64_t k = 0; k < K; k += 16) {
-        __m512 v = load16(x, type, k, tail_mask(K - k));
-        top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(v), magnitude));
-    }
-    uint32_t bits = (uint32_t)_mm512_reduce_max_epi32(top);
+    uint32_t bits = absmax_bits(x, type, K);
     float absmax = gp_from_bits(bits), scale = 0, inverse = 0;
-    __m512i keep = magnitude; /* zeroes every q of a row that is not live */
+    __m512i keep = _mm512_set1_epi32(-1); /* zeroes every q of a row that is not live */
     if (bits < 0x7f800000u && absmax > GP_TINY) {
         scale = absmax / GP_Q_MAX(planes);
         inverse = GP_Q_MAX(planes) / absmax;
@@ -84,12 +89,7 @@ INLINE __m512i clipped(__m512i fixed, int clip)
 INLINE float quantize_weight_row(const void *x, gp_dtype type, int64_t K, int8_t *q,
                                  int16_t *fixed)
 {
-    __m512i top = _mm512_setzero_si512();
-    for (int64_t k = 0; k < K; k += 16) {
-        __m512i v = _mm512_castps_si512(load16(x, type, k, tail_mask(K - k)));
-        top = _mm512_max_epi32(top, _mm512_and_si512(v, _mm512_set1_epi32(0x7fffffff)));
-    }
-    uint32_t bits = (uint32_t)_mm512_reduce_max_epi32(top);
+    uint32_t bits = absmax_bits(x, type, K);
     float absmax = gp_from_bits(bits);
     if (bits >= 0x7f800000u || absmax <= GP_TINY) {
         memset(q, 0, (size_t)K);
