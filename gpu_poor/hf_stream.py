@@ -55,6 +55,7 @@ class Incoming:
             q, scale = self._pieces(full_name, value, expected.shape)
         else:
             q, scale = self._whole(full_name, module.to_rows(module, name, value), expected.shape)
+            memory.drop_file_pages(value)
         if name == "weight":  # the only name that is ever tied
             self.scales[module_name] = scale
         self.bytes_since_trim += 4 * q.numel()
@@ -96,6 +97,7 @@ class Incoming:
                 at = expert, slice(i * n, (i + 1) * n)
                 full = f"{name}[{expert}]"
                 q[at], scale[at] = self._whole(full, piece, torch.Size((n, columns)))
+                memory.drop_file_pages(piece)
         return q, scale
 
 

@@ -5,6 +5,7 @@ anonymous ones (RssAnon), so a figure of memory names which of the two it means.
 """
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +134,29 @@ def _mapped_files() -> list[tuple[int, int]]:
             start, _, end = addresses.partition("-")
             ranges.append((int(start, 16), int(end, 16)))
     return ranges
+
+
+def drop_file_pages(tensor: Tensor) -> int:
+    """Let go of the resident pages of a mapped file that lie wholly within a tensor.
+
+    For a tensor that has been read for the last time: the pages would stay resident, all of the
+    checkpoint in the end. Whoever reads it again gets the file's content again, so it must not have
+    been written to.
+
+    Returns:
+        How many bytes were let go; 0 for a tensor that is in no file, or is not contiguous.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return 0
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if end <= start or not any(low <= start and end <= high for low, high in _mapped_files()):
+        return 0
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    if madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED):
+        return 0
+    return end - start
 
 
 @torch.no_grad()

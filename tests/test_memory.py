@@ -169,3 +169,34 @@ def test_trim_gives_back_small_blocks():
 def test_trim_without_glibc(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert memory.trim() is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_drop_file_pages_lets_go_and_reads_the_same_again(tmp_path):
+    values = torch.arange(2.0**20)
+    values.numpy().tofile(tmp_path / "data")
+    mapped = torch.from_file(str(tmp_path / "data"), size=2**20)  # private, as of safetensors
+    part = mapped[1000:-1000]  # not at a page's start
+    assert torch.equal(part, values[1000:-1000])
+    before = memory.rss()["file"]
+    dropped = memory.drop_file_pages(part)
+    assert part.nbytes - 8192 < dropped < part.nbytes
+    assert before - memory.rss()["file"] > 3e6
+    assert torch.equal(mapped, values)
+
+
+def test_drop_file_pages_leaves_all_other_memory_alone(tmp_path):
+    values = torch.arange(2.0**20)
+    values.numpy().tofile(tmp_path / "data")
+    shared = torch.from_file(str(tmp_path / "data"), shared=True, size=2**20)
+    mapped = torch.from_file(str(tmp_path / "data"), size=2**20)
+    for tensor in (
+        values,
+        shared,
+        mapped.view(1024, 1024)[:, :512],
+        mapped[:10],
+        mapped[:0],
+        torch.empty(2**20, device="meta"),
+    ):
+        assert memory.drop_file_pages(tensor) == 0
+    assert torch.equal(values, shared)
