@@ -37,10 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", type=Path, help="folder of real models, for quality")
     parser.add_argument("--data", type=Path, help="folder of evaluation texts, for quality")
+    parser.add_argument(
+        "--machine", help="a name: results of another machine, beside the main one's"
+    )
     parser.add_argument("--force", action="store_true", help="measure again what is there")
     parser.add_argument("--quick", action="store_true", help="a trial: small, into build/bench")
     args = parser.parse_args(argv)
     folder = machine.HERE.parent / "build" / "bench" if args.quick else machine.RESULTS
+    folder /= args.machine or ""
     commit, _ = machine.commit()
     failed = []
     for part in args.parts:

@@ -205,6 +205,18 @@ def test_report_shows_losing_and_failing_rows(results):
     assert readme.count(tables.NOT_YET) == 1  # quality: an unmeasured part says so
 
 
+def test_report_shows_another_machine_and_which_part_ran_where(results):
+    record = json.loads((results / "results" / "model.json").read_text())
+    elsewhere = record | {"header": record["header"] | {"cpu": "Zeta 9"}}
+    machine.save(elsewhere, results / "results" / "zeta" / "model.json", "")
+    machine.save(elsewhere, results / "results" / "peers.json", "")
+    assert run(results) == 0
+    text = (results / "RESULTS.md").read_text()
+    first, _, second = text.partition("## Another machine: zeta")
+    assert "| Zeta 9 |" in second and "0.50x (gpt2-large)" in second
+    assert f"| {record['header']['cpu']} (model); Zeta 9 (peers) |" in first
+
+
 def test_check_detects_a_stale_file(results, capsys):
     assert run(results, "--check") == 1
     run(results)
