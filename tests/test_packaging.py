@@ -49,8 +49,22 @@ def wheel(tree, tmp_path_factory):
     return path
 
 
+def install_here() -> str:
+    """Where the gpu-poor of the environment that runs the tests is, "" if it has none."""
+    script = (
+        "import importlib.metadata as m\n"
+        "print(*(d.locate_file(f) for d in m.distributions(name='gpu-poor') for f in d.files))"
+    )
+    return run(sys.executable, "-I", "-c", script, cwd="/").strip()
+
+
 @pytest.fixture(scope="module")
-def fresh_python(wheel, tmp_path_factory):
+def here_before():
+    return install_here()
+
+
+@pytest.fixture(scope="module")
+def fresh_python(here_before, wheel, tmp_path_factory):
     """A new environment with the wheel; its dependencies come from the environment of the tests."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder)
@@ -61,9 +75,16 @@ def fresh_python(wheel, tmp_path_factory):
     (site / "dependencies.pth").write_text(
         "\n".join(p for p in sys.path if p.endswith("-packages"))
     )
-    options = ("--no-deps", "--no-index", "-q", "--prefix", folder)
+    # --prefix alone first uninstalls what the pip that runs has: the checkout's editable install.
+    options = ("--no-deps", "--no-index", "-q", "--ignore-installed", "--prefix", folder)
     run(sys.executable, "-m", "pip", "install", *options, wheel, cwd=folder)
     return python
+
+
+def test_the_environment_of_the_tests_is_left_alone(here_before, fresh_python):
+    if not here_before:
+        pytest.skip("gpu-poor is not installed here")
+    assert install_here() == here_before
 
 
 def test_one_wheel_for_every_python(wheel):
