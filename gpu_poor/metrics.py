@@ -23,54 +23,22 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from gpu_poor.metrics_input import (
+    LENGTH,
+    N_TOKENS,
+    Text,
+    as_text,
+    check_float,
+    check_model,
+    check_pair,
+    warn_if_few,
+    windows,
+)
+
 #: float64 elements per chunk of rows: 32 MB, so that vocabularies of 150,000 do not blow memory.
 CHUNK = 4 * 2**20
 #: float32 logits computed at once by one forward pass: 64 MB, or one window if that is more.
 BATCH = 16 * 2**20
-
-N_TOKENS = 4096
-LENGTH = 256
-
-
-# -- text to windows ----------------------------------------------------------------------------
-
-
-def windows(
-    text: "str | list[int] | Tensor",
-    tokenizer: Callable | None = None,
-    length: int = LENGTH,
-    n_tokens: int | None = N_TOKENS,
-) -> Tensor:
-    """Cut a text into windows in which every token after the first is predicted exactly once.
-
-    Window i is ``ids[i * (length - 1):][:length]``: the last token of one is the first of the
-    next, which gives context for it but is not predicted again. No special token is added.
-
-    Args:
-        text: a string, or token ids ``[n]``.
-        tokenizer: a transformers tokenizer; needed for a string.
-        length: tokens per window, >= 2.
-        n_tokens: predict at most so many tokens, rounded down to whole windows; None for all.
-
-    Returns:
-        int64 ``[n_windows, length]``; shorter windows only if the whole text is shorter than one.
-
-    Raises:
-        ValueError: fewer than two tokens, or nothing would be predicted.
-    """
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise ValueError("windows: a text needs a tokenizer; or pass token ids")
-        text = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = torch.as_tensor(text, dtype=torch.int64).flatten()
-    if length < 2 or len(ids) < 2 or (n_tokens is not None and n_tokens < 1):
-        raise ValueError(
-            f"windows: needs length >= 2, n_tokens >= 1 and a text of >= 2 tokens, "
-            f"got length {length}, n_tokens {n_tokens}, {len(ids)} tokens"
-        )
-    available = len(ids) - 1 if n_tokens is None else min(n_tokens, len(ids) - 1)
-    step = min(length - 1, available)
-    return ids[: available // step * step + 1].unfold(0, step + 1, step).clone()
 
 
 def sha256(ids: Tensor) -> str:
@@ -220,12 +188,13 @@ def _n_positions(model: nn.Module) -> int:
 
 
 def _windows_for(model: nn.Module, text, tokenizer, length, n_tokens) -> Tensor:
+    text = as_text(text, tokenizer)
     if isinstance(text, str) and tokenizer is None:
         from transformers import AutoTokenizer
 
         path = getattr(model, "name_or_path", "")
         if not path:
-            raise ValueError("evaluate: this model does not name its tokenizer; pass tokenizer=")
+            raise ValueError("the model does not name its tokenizer; pass tokenizer=")
         tokenizer = AutoTokenizer.from_pretrained(path)
     return windows(text, tokenizer, min(length, _n_positions(model)), n_tokens)
 
@@ -257,13 +226,15 @@ def logits_of(model: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def perplexity(
     model: nn.Module,
-    text: "str | list[int] | Tensor",
+    text: Text,
     tokenizer: Callable | None = None,
     length: int = LENGTH,
     n_tokens: int | None = N_TOKENS,
 ) -> float:
     """``exp`` of the mean negative log-likelihood; arguments as for :func:`evaluate`."""
+    check_model(model, "model")
     ids = _windows_for(model, text, tokenizer, length, n_tokens)
+    warn_if_few(ids)
     return math.exp(torch.cat([token_nll(*pair) for pair in logits_of(model, ids)]).mean())
 
 
@@ -280,13 +251,15 @@ class Recording:
 
 def record(
     reference: nn.Module,
-    text: "str | list[int] | Tensor",
+    text: Text,
     tokenizer: Callable | None = None,
     length: int = LENGTH,
     n_tokens: int | None = N_TOKENS,
 ) -> Recording:
     """Compute the reference's side of :func:`evaluate` now; ``quantize`` works in place, so do this
     before it when float and quantized model do not fit side by side."""
+    check_model(reference, "reference")
+    check_float(reference)
     ids = _windows_for(reference, text, tokenizer, length, n_tokens)
     return Recording(ids, [logits.float() for logits, _ in logits_of(reference, ids)])
 
@@ -294,7 +267,7 @@ def record(
 def evaluate(
     model: nn.Module,
     reference: "nn.Module | Recording",
-    text: "str | list[int] | Tensor | None" = None,
+    text: Text | None = None,
     tokenizer: Callable | None = None,
     *,
     length: int = LENGTH,
@@ -305,8 +278,9 @@ def evaluate(
     Args:
         model: the quantized model.
         reference: the float model, or what :func:`record` kept of it (then without ``text``).
-        text: what to predict: a string or token ids. Use text like what the model is for, and
-            not what it was calibrated on.
+            ``quantize`` works in place, so this is a copy made before it, or loaded again.
+        text: what to predict: a string, strings or token ids. Use text like what the model is
+            for, and not what it was calibrated on; thousands of tokens, or it is noise.
         tokenizer: default: the one saved with the reference.
         length: tokens per window, at most the model's positions.
         n_tokens: how many tokens to predict; None for the whole text.
@@ -315,17 +289,22 @@ def evaluate(
         :class:`Quality`; print it.
 
     Raises:
-        ValueError: no text, a text too short, or logits that are not finite.
+        TypeError: an argument is of another kind, such as a name in place of a model.
+        ValueError: no text, a text too short, a reference that is quantized or the model itself,
+            or logits that are not finite.
     """
     if isinstance(reference, Recording):
         if text is not None:
-            raise ValueError("evaluate: a recording has its own text; leave out text")
+            raise ValueError("a recording has its own text; leave out text")
+        check_model(model, "model")
         ids, expected = reference.ids, iter(reference.logits)
     else:
+        check_pair(model, reference)
         if text is None:
-            raise ValueError("evaluate: needs a text, for example a page of your own")
+            raise ValueError("needs a text, for example some pages of your own")
         ids = _windows_for(reference, text, tokenizer, length, n_tokens)
         expected = (logits for logits, _ in logits_of(reference, ids))
+    warn_if_few(ids)
     # Both generators cut the windows alike: the first batch is one window, the rest by vocabulary.
     parts = [
         compare(p, q, targets)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_poor import assets, metrics
+import gpu_poor
+from gpu_poor import assets, metrics, metrics_input
 
 N, VOCAB = 300, 97
 
@@ -151,9 +152,12 @@ def test_every_token_is_predicted_once(n, length, n_tokens):
 
 
 def test_windows_refuse_nonsense():
-    for text, kwargs in (([1], {}), ([], {}), ([1, 2], {"length": 1}), ([1, 2], {"n_tokens": 0})):
+    for kwargs in ({"length": 1}, {"n_tokens": 0}):
         with pytest.raises(ValueError, match="needs length"):
-            metrics.windows(text, **kwargs)
+            metrics.windows([1, 2], **kwargs)
+    for text in ([1], []):
+        with pytest.raises(ValueError, match="text is too short"):
+            metrics.windows(text)
     with pytest.raises(ValueError, match="tokenizer"):
         metrics.windows("a text")
 
@@ -171,7 +175,7 @@ def stories():
 
 def test_evaluate_a_model_against_itself(stories):
     model, _, text = stories
-    quality = metrics.evaluate(model, model, text, n_tokens=1000)
+    quality = metrics.evaluate(copy.deepcopy(model), model, text, n_tokens=1000)
     assert quality.kl_mean == quality.kl_p99 == 0
     assert quality.top1 == quality.perplexity_ratio == 1
     assert 4 < quality.perplexity < 10  # it was trained on such stories
@@ -220,7 +224,81 @@ def test_evaluate_leaves_the_mode_and_asks_for_a_text(stories):
     assert model.training
     model.eval()
     with pytest.raises(ValueError, match="needs a text"):
-        metrics.evaluate(model, model)
+        metrics.evaluate(copy.deepcopy(model), model)
+
+
+def test_a_reference_must_be_another_model_in_float(stories):
+    """quantize works in place: without a copy the figures are perfect, and of nothing."""
+    model, tokenizer, text = stories
+    original = copy.deepcopy(model)
+    quantized = gpu_poor.quantize(original, verbose=False)
+    for reference in (original, copy.deepcopy(quantized)):
+        with pytest.raises(ValueError, match="in place.*deepcopy.*load the original again"):
+            metrics.evaluate(quantized, reference, text, tokenizer)
+    with pytest.raises(ValueError, match="same object"):
+        metrics.evaluate(model, model, text, tokenizer)
+    with pytest.raises(ValueError, match="quantized itself"):
+        metrics.record(quantized, text, tokenizer)
+    metrics.evaluate(quantized, model, text, tokenizer, n_tokens=300)
+
+
+def test_wrong_arguments_are_named(stories, tmp_path):
+    model, tokenizer, text = stories
+    other = copy.deepcopy(model)
+    path = tmp_path / "my_text.txt"
+    path.write_text(text)
+    cases = [
+        # arguments of evaluate, error, what its message must say
+        ((other, model, str(path), tokenizer), ValueError, "text is the name of a file.*content"),
+        ((other, model, path, tokenizer), TypeError, "text must be.*read_text"),
+        ((other, model, path.open(), tokenizer), TypeError, "text must be.*read()"),
+        ((other, model, text.encode(), tokenizer), TypeError, "text must be.*decode"),
+        ((other, model, tokenizer(text), tokenizer), TypeError, "text must be.*input_ids"),
+        ((other, model, [text, 3], tokenizer), TypeError, "text must be"),
+        ((other, model, [0.5, 0.25], tokenizer), TypeError, "text must be.*float32"),
+        ((other, model, 7.0, tokenizer), TypeError, "text must be"),
+        ((other, model, tokenizer, text), TypeError, "text must be.*before tokenizer"),
+        ((other, model, text, "gpt2"), TypeError, "tokenizer must be.*got text 'gpt2'"),
+        ((other, model, text, other), TypeError, "tokenizer must be"),
+        (("gpt2", model, text, tokenizer), TypeError, "^model must be.*got text 'gpt2'"),
+        ((other, "gpt2", text, tokenizer), TypeError, "^reference must be.*record.*'gpt2'"),
+        ((other, text, tokenizer), TypeError, "^reference must be.*got text$"),
+        ((other, model, "", tokenizer), ValueError, "text is empty"),
+        ((other, model, " \n", tokenizer), ValueError, "text is empty"),
+        ((other, model, "a", tokenizer), ValueError, "text is too short: 1 token,"),
+    ]
+    for arguments, error, message in cases:
+        with pytest.raises(error, match=message):
+            metrics.evaluate(*arguments)
+    for call in (metrics.perplexity, metrics.record):
+        with pytest.raises(TypeError, match="must be a loaded model.*got text 'gpt2'"):
+            call("gpt2", text, tokenizer)
+
+
+def test_strings_are_joined_by_an_empty_line(stories):
+    _, tokenizer, text = stories
+    parts = [text[:500], text[500:1500]]
+    assert torch.equal(
+        metrics.windows(parts, tokenizer), metrics.windows("\n\n".join(parts), tokenizer)
+    )
+
+
+def test_figures_from_few_tokens_come_with_a_warning(stories, recwarn):
+    model, tokenizer, text = stories
+    other = copy.deepcopy(model)
+    n = metrics_input.MIN_TOKENS
+    metrics.evaluate(other, model, text, tokenizer, n_tokens=n)
+    metrics.evaluate(other, metrics.record(model, text, tokenizer, n_tokens=n))
+    assert not [w for w in recwarn if w.category is UserWarning]
+    recording = metrics.record(model, text, tokenizer, n_tokens=n - 1)
+    for call in (
+        lambda: metrics.evaluate(other, model, "Once upon a time", tokenizer),
+        lambda: metrics.evaluate(other, recording),
+        lambda: metrics.perplexity(model, "Once upon a time", tokenizer),
+    ):
+        with pytest.warns(UserWarning, match="noise") as caught:
+            call()
+        assert caught[0].filename == __file__
 
 
 def test_printing_and_dict(logits):
