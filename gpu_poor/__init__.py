@@ -8,22 +8,24 @@ quantizer "gpu-poor" registers itself as soon as transformers is used (gpu_poor/
 that ``from_pretrained`` reads a quantized folder.
 """
 
-import importlib
-from importlib.metadata import PackageNotFoundError, version
+import importlib as _importlib
+import importlib.metadata as _metadata
+from contextlib import contextmanager as _contextmanager
 
 from gpu_poor import hf_hook, isa, memory, nn, ops
 from gpu_poor.quantize import dequantize, quantize
 from gpu_poor.receipt import Receipt, receipt
 
 try:
-    __version__ = version("gpu-poor")
-except PackageNotFoundError:  # a source tree on sys.path, not installed
+    __version__ = _metadata.version("gpu-poor")
+except _metadata.PackageNotFoundError:  # a source tree on sys.path, not installed
     __version__ = "0+unknown"
 
 __all__ = [
     "GpuPoorConfig",
     "Receipt",
     "__version__",
+    "assets",
     "dequantize",
     "evaluate",
     "isa",
@@ -37,18 +39,39 @@ __all__ = [
 ]
 
 #: Public names whose module is imported on first use: hf needs transformers.
-_LAZY = {"GpuPoorConfig": "hf", "load": "hf", "evaluate": "metrics", "metrics": None}
+_LAZY = {
+    "GpuPoorConfig": "hf",
+    "assets": None,
+    "evaluate": "metrics",
+    "load": "hf",
+    "metrics": None,
+}
+
+
+@_contextmanager
+def _needs_transformers(what: str):
+    """Around imports of transformers, which is no hard dependency: say how to get it."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
+        raise ImportError(
+            f'{what} needs transformers: pip install "gpu-poor[hf]" ({error})', name=error.name
+        ) from error
 
 
 def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"gpu_poor.{_LAZY[name] or name}")
+    with _needs_transformers(f"gpu_poor.{name}"):
+        home = _importlib.import_module(f"gpu_poor.{_LAZY[name] or name}")
     return home if _LAZY[name] is None else getattr(home, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """The public names: not what this file imports, nor modules behind them."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 hf_hook.install()

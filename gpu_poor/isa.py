@@ -1,9 +1,10 @@
 """Which kernels run: the instruction sets this CPU offers, and a way to cap them.
 
 The extension picks the fastest implementation of every kernel once, at import. The environment
-variable ``GPU_POOR_ISA`` caps the choice, and :func:`cap` does so for a block of code. The names,
-slowest first, are ``torch`` (no kernel of ours: plain torch ops, what other devices use), ``ref``
-(plain C, the specification) and the CPU's own features: ``avx2``, ``avx512_vnni``, ``amx``.
+variable ``GPU_POOR_ISA`` caps the choice at one this CPU has, and :func:`cap` does so for a block
+of code; one it lacks is an error, so that no figure is mistaken for another's. The names, slowest
+first, are ``torch`` (no kernel of ours: plain torch ops, what other devices use), ``ref`` (plain
+C, the specification) and the CPU's own features: ``avx2``, ``avx512_vnni``, ``amx``.
 """
 
 import os
@@ -21,6 +22,8 @@ except ImportError as error:  # pragma: no cover - exercised by an install witho
     ) from error
 
 TORCH = "torch"
+#: Every implementation there is, on this CPU or another; csrc/impls.h lists them too.
+KNOWN = (TORCH, "ref", "avx2", "avx512_vnni", "amx")
 _force_torch = False
 
 
@@ -52,6 +55,12 @@ def set_cap(name: str) -> None:
     """
     global _force_torch
     if name not in available():
+        # Not the next slower one: who asks for an instruction set wants to know that it ran.
+        if name in KNOWN:
+            raise ValueError(
+                f"GPU_POOR_ISA: this CPU has no {name}, or its kernel does not offer it; "
+                f"available: {', '.join(available())}"
+            )
         raise ValueError(f"GPU_POOR_ISA: {name!r} is not one of {', '.join(available())}")
     _force_torch = name == TORCH
     if not _force_torch:

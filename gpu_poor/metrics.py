@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from gpu_poor import _needs_transformers
 from gpu_poor.metrics_input import (
     LENGTH,
     N_TOKENS,
@@ -190,7 +191,8 @@ def _n_positions(model: nn.Module) -> int:
 def _windows_for(model: nn.Module, text, tokenizer, length, n_tokens) -> Tensor:
     text = as_text(text, tokenizer)
     if isinstance(text, str) and tokenizer is None:
-        from transformers import AutoTokenizer
+        with _needs_transformers("text without a tokenizer"):
+            from transformers import AutoTokenizer
 
         path = getattr(model, "name_or_path", "")
         if not path:
