@@ -53,7 +53,7 @@ dev: $(VENV)/.dev $(EXTENSION)  ## virtual environment, dependencies, compiled e
 # -- use ---------------------------------------------------------------------------------------
 
 demo: dev        ## quantize the small model in the package and show what changed
-	$(PY) -m examples.demo
+	$(PY) -m gpu_poor.examples.demo
 
 test: lint asan pytest test-oldest  ## everything CI runs
 

@@ -1,4 +1,4 @@
-"""``python -m examples.demo gpt2-large``: quantize one model, measure it, write results/*.json."""
+"""The demo of a checkout; ``python -m gpu_poor.examples.demo`` is the same, with a wheel too."""
 
 import sys
 

@@ -32,10 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("models", nargs="*", default=MODELS, help=f"default: {' '.join(MODELS)}")
-    parser.add_argument("--random-weights", action="store_true", help="see examples/demo.py")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    demo.add_options(parser)
     args = parser.parse_args(argv)
     rows, missing = [], []
     for name in args.models:

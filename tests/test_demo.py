@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,11 +74,26 @@ def test_quality_and_samples(results):
 
 def test_a_sample_that_differs_is_counted():
     class Tokenizer:
+        def __call__(self, text):
+            return {"input_ids": [7]}
+
         def decode(self, ids, skip_special_tokens):
-            return " ".join(map(str, ids.tolist()))
+            return " ".join(map(str, ids))
 
     sample = measure.sample(Tokenizer(), "p", torch.tensor([1, 2, 3]), torch.tensor([1, 9, 3]))
-    assert sample["n_same"] == 1 and sample["before"] != sample["after"]
+    assert sample["n_same"] == 1
+    assert sample["before"] == " 1 2 3" and sample["after"] == " 1 9 3"
+
+
+def test_a_sample_goes_on_from_its_prompt():
+    """The space before a new word, which decoding the new tokens alone drops, and no other."""
+    tokenizer = models.load_float("stories260k").tokenizer
+    for prompt, pieces, text in (
+        ("Once upon a time, there was a little", ["\u2581g", "ir", "l"], " girl"),
+        ("Once upon a time, there was a little g", ["ir", "l"], "irl"),
+    ):
+        ids = torch.tensor(tokenizer.convert_tokens_to_ids(pieces))
+        assert measure.sample(tokenizer, prompt, ids, ids)["before"] == text
 
 
 def test_report_shows_the_figures(results):
@@ -197,6 +213,40 @@ def test_a_model_that_cannot_be_had_says_what_to_do(name, flag, capsys, tmp_path
     error = capsys.readouterr().err
     assert name in error and "could not be downloaded" in error and "--random-weights" in error
     assert "stories260k" in error and not list(tmp_path.iterdir())
+    commands = re.findall(r"python -m (\S+)", error)
+    assert commands and set(commands) == {"gpu_poor.examples.demo"}  # a wheel has this one only
+
+
+def test_the_hub_is_asked_once(monkeypatch):
+    """Each question to a hub out of reach takes half a minute of retries."""
+    import transformers
+
+    asked = []
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+
+        def out_of_reach(*args, name=name, **kwargs):
+            asked.append(name)
+            raise OSError("no network")
+
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", out_of_reach)
+    with pytest.raises(OSError, match="could not be downloaded"):
+        models.load_float("no/such-model")
+    assert asked == ["AutoConfig"]
+
+
+def test_a_path_that_is_no_float_model_says_what_it_is(tmp_path):
+    file, empty, int8 = tmp_path / "model.gguf", tmp_path / "empty", tmp_path / "int8"
+    file.write_text("x")
+    empty.mkdir()
+    model = models.load_float("stories260k").model
+    gpu_poor.quantize(model, verbose=False).save_pretrained(int8)
+    for path, message in (
+        (file, "is a file"),
+        (empty, "no config.json in it"),
+        (int8, "quantized already; give the float original"),
+    ):
+        with pytest.raises(OSError, match=message):
+            models.load_float(str(path))
 
 
 def test_published_shapes():
@@ -213,6 +263,36 @@ def test_published_shapes():
         assert n_embd // n_head == 64
 
 
+# -- the command line ---------------------------------------------------------------------------
+
+
+def test_options_are_checked_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "demo_production_ready", None)
+    file = tmp_path / "empty.txt"
+    file.write_text("\n")
+    for option, value, message in (
+        ("--runs", 0, "0 is not >= 1"),
+        ("--tokens", 0, "0 is not >= 1"),
+        ("--tokens", "many", "invalid"),
+        ("--out", file, "cannot write there"),
+        ("--out", file / "below", "cannot write there"),
+        ("--text", file, "empty"),
+        ("--text", tmp_path / "missing.txt", "cannot read"),
+    ):
+        out = () if option == "--out" else ("--out", str(tmp_path))
+        with pytest.raises(SystemExit) as stopped:
+            demo.main([option, str(value), *out])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and f"argument {option}: " in error and message in error
+        assert "usage: python -m gpu_poor.examples.demo" in error
+
+
+def test_numbers_are_checked_without_the_command_line_too():
+    for arguments in ({"n_runs": 0}, {"n_tokens": 0}):
+        with pytest.raises(ValueError, match="needs n_runs >= 1"):
+            demo.demo_production_ready(**arguments)
+
+
 # -- the scripts --------------------------------------------------------------------------------
 
 
@@ -227,10 +307,9 @@ def run_script(*argv, cwd):
     )
 
 
-def test_python_m_examples_demo_writes_results(tmp_path):
-    done = run_script(
-        "-m", "examples.demo", "--runs", 1, "--tokens", 300, "--out", tmp_path, cwd=ROOT
-    )
+@pytest.mark.parametrize("module", ["examples.demo", "gpu_poor.examples.demo"])
+def test_python_m_examples_demo_writes_results(tmp_path, module):
+    done = run_script("-m", module, "--runs", 1, "--tokens", 300, "--out", tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     saved = json.loads((tmp_path / "stories260k.json").read_text())
     assert saved["verdict"]["text"] in done.stdout

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch
 import gpu_poor
 from gpu_poor import assets, memory, metrics
 from gpu_poor.examples import measure
-from gpu_poor.examples.models import GPT2_SHAPES, PACKAGED, Loaded, load_float
+from gpu_poor.examples.models import COMMAND, GPT2_SHAPES, PACKAGED, Loaded, load_float
 from gpu_poor.examples.report import report
 
 #: The verdict asks for all of these. KL and top-1: as close to the float model as llama.cpp's
@@ -70,7 +71,11 @@ def demo_production_ready(
 
     Raises:
         OSError: the model is not to be had; the message says what to do.
+        ImportError: transformers is not installed.
+        ValueError: ``n_runs`` or ``n_tokens`` < 1.
     """
+    if n_runs < 1 or n_tokens < 1:
+        raise ValueError(f"needs n_runs >= 1 and n_tokens >= 1, got {n_runs} and {n_tokens}")
     if verbose:
         print(f"loading and measuring {name_or_path} ...", flush=True)
     loaded = load_float(name_or_path, random_weights)
@@ -98,7 +103,8 @@ def _before_and_after(loaded: Loaded, activation, n_runs, n_tokens, text, prompt
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     side_by_side = 1.5 * memory.parameter_bytes(model) < measure.available_bytes()
-    text, prompts = text or assets.valid_text(), () if loaded.is_random else prompts
+    text = assets.valid_text() if text is None else text
+    prompts = () if loaded.is_random else prompts
     before = [measure.continuation(model, tokenizer, prompt) for prompt in prompts]
     reference, quantized = model, model
     if side_by_side:
@@ -221,25 +227,70 @@ def _environment() -> dict:
 # -- command line -------------------------------------------------------------------------------
 
 
+def at_least_one(text: str) -> int:
+    """An argparse type."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not >= 1")
+    return number
+
+
+def writable_folder(text: str) -> Path:
+    """An argparse type: create the folder now, not after minutes of measuring."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write there: {error}") from error
+    return folder
+
+
+def text_of_file(text: str) -> str:
+    """An argparse type: the content of a file, which must not be empty."""
+    try:
+        content = Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read it as UTF-8: {error}") from error
+    if not content.strip():
+        raise argparse.ArgumentTypeError(f"{text} is empty")
+    return content
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every script that runs the demo."""
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help=f"if {', '.join(GPT2_SHAPES)} cannot be downloaded, build it with random weights",
+    )
+    parser.add_argument("--runs", type=at_least_one, default=5, help="timed runs, >= 1 (default 5)")
+    parser.add_argument(
+        "--tokens",
+        type=at_least_one,
+        default=8192,
+        help="tokens quality is measured on, >= 1 (default 8192)",
+    )
+    parser.add_argument(
+        "--out",
+        type=writable_folder,
+        default="results",
+        help="folder for the JSON (default results)",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the demo on one model and write ``results/<model>.json``."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
     parser.add_argument(
         "model",
         nargs="?",
         default=PACKAGED,
         help=f"a folder, a name on the hub, or {PACKAGED} (default; ships with the package)",
     )
-    parser.add_argument(
-        "--random-weights",
-        action="store_true",
-        help=f"if {', '.join(GPT2_SHAPES)} cannot be downloaded, build it with random weights",
-    )
+    add_options(parser)
     parser.add_argument("--activation", default="a16", help="a8, a16 (default) or a32")
-    parser.add_argument("--runs", type=int, default=5, help="timed runs (default 5)")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens quality is measured on")
-    parser.add_argument("--text", type=Path, help="file to measure quality on")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON")
+    parser.add_argument("--text", type=text_of_file, help="file to measure quality on")
     args = parser.parse_args(argv)
     try:
         results = demo_production_ready(
@@ -248,12 +299,12 @@ def main(argv: list[str] | None = None) -> int:
             activation=args.activation,
             n_runs=args.runs,
             n_tokens=args.tokens,
-            text=args.text.read_text(encoding="utf-8") if args.text else None,
+            text=args.text,
         )
-    except (OSError, ValueError) as error:
+        print(f"\nwritten to {write(results, args.out)}")
+    except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"\nwritten to {write(results, args.out)}")
     return 0
 
 

@@ -87,14 +87,22 @@ def continuation(model: nn.Module, tokenizer, prompt: str) -> Tensor:
     return _greedy(model, ids, max_new_tokens=SAMPLE_TOKENS)
 
 
+def _text(tokenizer, prompt: str, ids: Tensor) -> str:
+    """The text that ids ``[n]`` add to a prompt. Decoded with the prompt and cut off it: alone, a
+    tokenizer such as Llama's drops the space that a text's first word begins with."""
+    before = tokenizer(prompt)["input_ids"]
+    alone = tokenizer.decode(before, skip_special_tokens=True)
+    return tokenizer.decode([*before, *ids.tolist()], skip_special_tokens=True)[len(alone) :]
+
+
 def sample(tokenizer, prompt: str, before: Tensor, after: Tensor) -> dict:
-    """Both texts, and how many tokens from the start are the same."""
+    """Both texts as they go on from the prompt, and how many tokens from the start agree."""
     n = min(len(before), len(after))
     differ = (before[:n] != after[:n]).nonzero()
     return {
         "prompt": prompt,
-        "before": tokenizer.decode(before, skip_special_tokens=True),
-        "after": tokenizer.decode(after, skip_special_tokens=True),
+        "before": _text(tokenizer, prompt, before),
+        "after": _text(tokenizer, prompt, after),
         "n_tokens": len(before),
         "n_same": int(differ[0]) if len(differ) else n,
     }

@@ -6,9 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import gpu_poor
 from gpu_poor import assets
 
 PACKAGED = "stories260k"
+HUB = "model hub"
+COMMAND = "python -m gpu_poor.examples.demo"  # in a checkout and with a wheel
 
 #: Published configurations, for when there is no network: (n_layer, n_embd, n_head) of GPT-2.
 GPT2_SHAPES = {
@@ -42,27 +45,47 @@ def load_float(name_or_path: str, random_weights: bool = False) -> Loaded:
             worthless for quality.
 
     Raises:
-        OSError: there is no such folder and the model cannot be downloaded; the message says
-            what to do.
+        OSError: no such folder and no download, or not a float model; the message says what to
+            do.
+        ImportError: transformers is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    with gpu_poor._needs_transformers("the demo"):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    if name_or_path == PACKAGED:
-        path, source = assets.STORIES260K, "in the package"
-    elif Path(name_or_path).is_dir():
-        path, source = name_or_path, "local folder"
-    else:
-        path, source = name_or_path, "model hub"
+    path, source = _find(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        # First and alone: without a network it fails, after the hub's retries, once and not twice.
+        config = AutoConfig.from_pretrained(path)
+        is_quantized = bool(getattr(config, "quantization_config", None))
+        if not is_quantized:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except OSError as error:
-        if source != "model hub":
+        if source != HUB:
             raise
         if random_weights and name_or_path in GPT2_SHAPES:
             return Loaded(random_gpt2(name_or_path), None, "random weights")
         raise OSError(_advice(name_or_path)) from error
+    if is_quantized:
+        raise OSError(
+            f"{name_or_path!r} is quantized already; give the float original, which is what the "
+            "demo quantizes and compares with"
+        )
     return Loaded(model.eval(), tokenizer, source)
+
+
+def _find(name_or_path: str) -> tuple[str, str]:
+    """What to hand to from_pretrained, and in words where that is. Raises OSError."""
+    path = Path(name_or_path)
+    if name_or_path == PACKAGED:
+        return assets.STORIES260K, "in the package"
+    if path.is_file():
+        raise OSError(f"{name_or_path!r} is a file; give the folder of a model")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise OSError(f"{name_or_path!r} is no folder of a model: no config.json in it")
+        return name_or_path, "local folder"
+    return name_or_path, HUB
 
 
 def random_gpt2(name: str) -> nn.Module:
@@ -80,14 +103,14 @@ def _advice(name: str) -> str:
     known = name in GPT2_SHAPES
     return (
         f"{name!r} is no local folder and could not be downloaded. Either\n"
-        f"  - give the folder of a model you have: python -m examples.demo /path/to/folder\n"
+        f"  - give the folder of a model you have: {COMMAND} /path/to/folder\n"
         f"  - connect to the network and try again\n"
         + (
             f"  - measure memory and speed only, on random weights: "
-            f"python -m examples.demo {name} --random-weights\n"
+            f"{COMMAND} {name} --random-weights\n"
             if known
             else f"  - use a name whose shape is known ({', '.join(GPT2_SHAPES)}) with "
             f"--random-weights\n"
         )
-        + f"  - use the small model in the package: python -m examples.demo {PACKAGED}"
+        + f"  - use the small model in the package: {COMMAND} {PACKAGED}"
     )
