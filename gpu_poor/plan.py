@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gpu_poor import memory, ops
 from gpu_poor.nn import KINDS, QuantizedModule, kind_of
+from gpu_poor.readers import read_by_owner
 
 #: The least fraction of the bytes that must go, by the itemsize of the float weights: int8 takes
 #: 75 % of float32 and 50 % of 16 bit minus the scales; a model that keeps more than this in float
@@ -16,40 +17,6 @@ LEAST_REDUCTION = {8: 0.70, 4: 0.70, 2: 0.40}
 
 #: The reason that needs no explanation: norms and the like.
 NO_MATRIX = "vectors, no matrix"
-
-#: ``{class of the owner: its submodules}`` whose ``weight`` the owner reads itself, to multiply
-#: with it or to cast what goes in to its dtype, which would be int8.
-WEIGHT_READERS: dict[str, tuple[str, ...]] = {
-    "BloomAttention": ("dense",),
-    "BloomMLP": ("dense_4h_to_h",),
-    "DebertaEncoder": ("rel_embeddings",),
-    "DebertaForMaskedLM": ("deberta.embeddings.word_embeddings",),
-    "DebertaV2Encoder": ("rel_embeddings",),
-    "DebertaV2ForMaskedLM": ("deberta.embeddings.word_embeddings",),
-    "DisentangledSelfAttention": ("in_proj",),
-    "FalconMambaForCausalLM": ("lm_head",),
-    "FalconMambaMixer": ("dt_proj",),
-    "JambaMambaMixer": ("dt_proj",),
-    "Mamba2ForCausalLM": ("lm_head",),
-    "MambaForCausalLM": ("lm_head",),
-    "MambaMixer": ("dt_proj",),
-    "TransformerEncoderLayer": ("linear1", "linear2"),
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "xLSTMForCausalLM": ("lm_head",),
-}
-
-
-def _bloom_slices(owner: nn.Module) -> bool:
-    return owner.pretraining_tp > 1 and owner.slow_but_exact
-
-
-#: When the owners of these classes do; the others always.
-READS_WHEN = {
-    "BloomAttention": _bloom_slices,
-    "BloomMLP": _bloom_slices,
-    "DebertaForMaskedLM": lambda owner: not owner.legacy,
-    "DebertaV2ForMaskedLM": lambda owner: not owner.legacy,
-}
 
 Patterns = str | Sequence[str] | None
 
@@ -245,17 +212,6 @@ def unsupported_weight(module: nn.Module, kind: type[QuantizedModule]) -> str | 
         if weight.numel() == 0:
             return f"its {name} is empty"
     return None
-
-
-def read_by_owner(model: nn.Module) -> set[int]:
-    """The ids of the modules that :data:`WEIGHT_READERS` tells of."""
-    found = set()
-    for owner in model.modules():
-        for cls in {cls.__name__ for cls in type(owner).__mro__} & set(WEIGHT_READERS):
-            if cls not in READS_WHEN or READS_WHEN[cls](owner):
-                children = dict(owner.named_modules())
-                found |= {id(children[n]) for n in WEIGHT_READERS[cls] if n in children}
-    return found
 
 
 def why_not(module: nn.Module) -> str:

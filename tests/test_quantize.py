@@ -13,6 +13,7 @@ from torch import nn
 import gpu_poor
 from gpu_poor import memory, quantize
 from gpu_poor.nn import QuantizedLinear, QuantizedModule, kind_of
+from gpu_poor.readers import read_by_owner, weight_reads
 
 NAN, INF = float("nan"), float("inf")
 
@@ -202,6 +203,27 @@ _DEBERTA = _SMALL | {
 }
 _BLOOM = {"vocab_size": 200, "hidden_size": 64, "n_layer": 2, "n_head": 4, "pretraining_tp": 2}
 _MAMBA2 = _SMALL | {"num_heads": 4, "head_dim": 32, "n_groups": 1, "state_size": 16}
+_RWKV = _SMALL | {"attention_hidden_size": 64, "num_hidden_layers": 4, "rescale_every": 2}
+_MOBILEBERT = _SMALL | {
+    "embedding_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "intra_bottleneck_size": 32,
+}
+_LONGCAT = _SMALL | {
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 16,
+    "moe_topk": 2,
+    "n_routed_experts": 4,
+    "zero_expert_num": 2,
+    "expert_ffn_hidden_size": 32,
+}
 
 
 @pytest.mark.parametrize(
@@ -215,6 +237,9 @@ _MAMBA2 = _SMALL | {"num_heads": 4, "head_dim": 32, "n_groups": 1, "state_size":
         ("DebertaV2ForMaskedLM", _DEBERTA | {"legacy": False}, {"rel_embeddings"}),
         ("BloomForCausalLM", _BLOOM | {"slow_but_exact": True}, {"dense", "dense_4h_to_h"}),
         ("BloomForCausalLM", _BLOOM, set()),
+        ("LongcatFlashForCausalLM", _LONGCAT, {"classifier"}),
+        ("MobileBertForMaskedLM", _MOBILEBERT, {"decoder"}),
+        ("RwkvForCausalLM", _RWKV, {"output"}),
     ],
 )
 @torch.no_grad()
@@ -228,6 +253,81 @@ def test_weights_that_their_owner_reads_stay_in_float(name, config, kept):
     assert (model(ids)[0] - expected).norm() < 0.05 * expected.norm()
     names = {n.rpartition(".")[2] for n in int8_names(model)}
     assert names and not names & kept
+
+
+class Reader(nn.Module):
+    """Reads weights in every way that the scan knows, next to uses that int8 stands."""
+
+    def __init__(self):
+        super().__init__()
+        for name in "called asked guarded walrus initialised matmul cast aliased looped".split():
+            self.add_module(name, nn.Linear(64, 64))
+        self.looped = nn.ModuleList([nn.Linear(64, 64)])
+        self.deep = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+        self._init_weights()
+
+    def _init_weights(self):
+        self.initialised.weight.data.zero_()
+
+    def forward(self, x):
+        x = self.called(x).to(self.asked.weight.device) * self.asked.weight.shape[0]
+        if self.guarded.weight.dtype != torch.int8:
+            x = x.to(self.guarded.weight.dtype)
+        if (dtype := self.walrus.weight.dtype).is_floating_point:
+            x = x.to(dtype)
+        x = x @ self.matmul.weight.t() + self.cast(x.to(self.cast.weight.dtype))
+        layer = self.aliased
+        x = nn.functional.linear(x, layer.weight)
+        for _, layer in enumerate(self.looped):
+            x = x + nn.functional.linear(x, layer.weight)
+        return x + x @ self.deep["a"].weight
+
+
+def test_the_scan_finds_the_weights_that_an_owner_reads():
+    model = nn.Sequential(Reader())
+    expected = model(torch.ones(1, 64))
+    quantize(model, allow_partial=True, verbose=False)
+    assert (model(torch.ones(1, 64)) - expected).norm() < 0.05 * expected.norm()
+    stay = {"called", "asked", "guarded", "walrus", "initialised", "deep.b"}
+    assert int8_names(model) == {f"0.{name}" for name in stay}
+
+
+def test_a_class_without_source_reads_nothing():
+    scope = {"nn": nn}
+    code = (
+        "class Typed(nn.Sequential):\n    def forward(self, x):\n        return x @ self[0].weight"
+    )
+    exec(code, scope)
+    assert weight_reads(scope["Typed"]) == frozenset()
+
+
+_WIDE = {"intermediate_size": 96, "num_attention_heads": 4}
+_MORE = {
+    "T5ForConditionalGeneration": {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2},
+    "BartForConditionalGeneration": {"d_model": 64, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96},
+    "MistralForCausalLM": _SMALL | _WIDE | {"num_key_value_heads": 2, "head_dim": 16},
+    "StableLmForCausalLM": _SMALL | _WIDE | {"num_key_value_heads": 2},
+    "Olmo2ForCausalLM": _SMALL | _WIDE | {"num_key_value_heads": 2, "pad_token_id": 0},
+    "GraniteForCausalLM": _SMALL | _WIDE | {"num_key_value_heads": 2},
+    "Qwen2ForCausalLM": _SMALL | _WIDE | {"num_key_value_heads": 2},
+    "PhiForCausalLM": _SMALL | _WIDE,
+    "RobertaModel": _SMALL | _WIDE | {"pad_token_id": 0},
+    "DistilBertModel": {"vocab_size": 200, "dim": 64, "n_layers": 2, "n_heads": 4},
+    "Gemma3ForCausalLM": _SMALL | _WIDE | {"num_key_value_heads": 2, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("name", [*MODELS, *_MORE])
+def test_no_layer_of_the_ordinary_families_counts_as_read(name):
+    transformers = pytest.importorskip("transformers")
+    if name in MODELS:
+        model = make_model(name)
+    else:
+        cls = getattr(transformers, name)
+        model = cls(cls.config_class(**_MORE[name]))
+    modules = {id(module): n for n, module in model.named_modules()}
+    read = {modules[key] for key in read_by_owner(model)}
+    assert not {n for n in read if model.get_submodule(n).weight.dim() > 1}
 
 
 @torch.no_grad()
