@@ -71,6 +71,18 @@ def test_make_targets_exist(path):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_the_demo_has_one_command(path):
+    """The one that works in a checkout and with a wheel."""
+    assert not re.findall(r"-m examples\.demo", path.read_text(encoding="utf-8"))
+
+
+def test_a_wheel_is_installed_with_transformers():
+    installs = re.findall(r"`pip install ([^`]+)`", README)
+    assert [i for i in installs if "dist/*.whl" in i]
+    assert all("[hf]" in i for i in installs), installs
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_files_named_exist(path):
     pattern = r"`((?:csrc|gpu_poor|tests|benchmarks|examples|docs|notebooks)/[\w/.-]+)`"
     for name in re.findall(pattern, path.read_text()):

@@ -1,6 +1,7 @@
 """The notebook runs from top to bottom on the packaged model, and is committed without outputs."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,17 @@ def test_it_is_valid_and_cleared(path):
             assert cell.outputs == [] and cell.execution_count is None
 
 
+def test_it_installs_from_the_repository_that_the_readme_names():
+    """By its name alone pip finds nothing before there is a release."""
+    source = "\n".join(cell.source for cell in read(NOTEBOOKS[0]).cells)
+    repository = re.search(
+        r"colab\.research\.google\.com/github/([\w-]+/[\w-]+)/", (ROOT / "README.md").read_text()
+    )[1]
+    installs = re.findall(r"%pip install.*gpu-poor.*", source)
+    wanted = f'"gpu-poor[hf] @ git+https://github.com/{repository}"'
+    assert installs and all(line.endswith(wanted) for line in installs)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_it_runs(path, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
@@ -45,4 +57,5 @@ def test_it_runs(path, tmp_path, monkeypatch):
     assert "same logits, bit for bit: True" in text
     assert "KL divergence" in text
     assert any("image/png" in out.get("data", {}) for out in outputs)
+    assert "there was a little girl" in text  # not "littlegirl": the samples keep their space
     assert "pip" not in text  # gpu_poor was importable, so nothing was installed
