@@ -51,10 +51,10 @@ def test_without_transformers_the_message_says_what_to_install(use):
     assert "The above exception was the direct cause" in done.stderr
 
 
-def test_the_demo_without_transformers_prints_a_line_and_no_traceback():
+def test_the_demo_without_transformers_prints_a_line_and_no_traceback(tmp_path):
     done = run(
         "import sys; sys.modules['transformers'] = None\n"
-        "from gpu_poor.examples import demo; sys.exit(demo.main(['--out', '/tmp']))"
+        f"from gpu_poor.examples import demo; sys.exit(demo.main(['--out', {str(tmp_path)!r}]))"
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ") and 'pip install "gpu-poor[hf]"' in done.stderr
