@@ -187,26 +187,43 @@ Tensor int8_dequantize(const Tensor &weight, const Tensor &scale, ScalarType dty
     return y;
 }
 
+/* Row numbers of an embedding, each within [0, N). */
+class Indices {
+  public:
+    static Tensor checked(const char *op, const Tensor &ids)
+    {
+        STD_TORCH_CHECK(ids.is_cpu() && (ids.scalar_type() == ScalarType::Long ||
+                                         ids.scalar_type() == ScalarType::Int),
+                        op, ": indices must be int64 or int32, on the weight's device");
+        return dense(ids);
+    }
+    Indices(const char *op, const Tensor &ids, int64_t N)
+        : ids_(ids.data_ptr()), wide_(ids.scalar_type() == ScalarType::Long)
+    {
+        for (int64_t i = 0; i < ids.numel(); i++)
+            STD_TORCH_CHECK((*this)(i) >= 0 && (*this)(i) < N, op, ": index ", (*this)(i),
+                            " is out of range for ", N, " rows");
+    }
+    int64_t operator()(int64_t i) const
+    {
+        return wide_ ? static_cast<const int64_t *>(ids_)[i] : static_cast<const int32_t *>(ids_)[i];
+    }
+
+  private:
+    const void *ids_;
+    bool wide_;
+};
+
 Tensor int8_embedding(const Tensor &indices, const Tensor &weight, const Tensor &scale,
                       ScalarType dtype)
 {
     check_weight("int8_embedding", weight, scale);
     STD_TORCH_CHECK(weight.dim() == 2, "int8_embedding: weight must be int8 [N, K], got shape ",
                     shape_of(weight));
-    STD_TORCH_CHECK(indices.is_cpu() && (indices.scalar_type() == ScalarType::Long ||
-                                         indices.scalar_type() == ScalarType::Int),
-                    "int8_embedding: indices must be int64 or int32, on the weight's device");
     gp_dtype type = float_type(dtype, "int8_embedding", "dtype");
-    Tensor ids = dense(indices), w = dense(weight), s = dense(scale);
+    Tensor ids = Indices::checked("int8_embedding", indices), w = dense(weight), s = dense(scale);
     const int64_t N = w.size(0), K = w.size(1), n = ids.numel();
-    const bool wide = ids.scalar_type() == ScalarType::Long;
-    const void *id = ids.data_ptr();
-    auto index = [&](int64_t i) -> int64_t {
-        return wide ? static_cast<const int64_t *>(id)[i] : static_cast<const int32_t *>(id)[i];
-    };
-    for (int64_t i = 0; i < n; i++)
-        STD_TORCH_CHECK(index(i) >= 0 && index(i) < N, "int8_embedding: index ", index(i),
-                        " is out of range for ", N, " rows");
+    const Indices index("int8_embedding", ids, N);
     std::vector<int64_t> sizes;
     for (int64_t i = 0; i < ids.dim(); i++) sizes.push_back(ids.size(i));
     sizes.push_back(K);
@@ -220,6 +237,120 @@ Tensor int8_embedding(const Tensor &indices, const Tensor &weight, const Tensor 
             gp.int8_dequantize_row(q + index(i) * K, scales[index(i)], K, out + i * K * size,
                                    type);
     });
+    return y;
+}
+
+/* int4 ----------------------------------------------------------------------------------------- */
+
+int64_t panels_of(int64_t n) { return (n + GP_INT4_ROWS - 1) / GP_INT4_ROWS; }
+
+void check_group(const char *op, int64_t group)
+{
+    STD_TORCH_CHECK(group >= GP_INT4_BLOCK && group <= GP_INT4_GROUP_MAX &&
+                        group % GP_INT4_BLOCK == 0,
+                    op, ": group must be 32, 64, 96 or 128, got ", group);
+}
+
+/* Panels uint8 [P, B, 256] and scales float16 [P, groups, 1 or 2, 16] of a weight [N, K]. */
+void check_int4_weight(const char *op, const Tensor &weight, const Tensor &scale, int64_t group,
+                       int64_t N, int64_t K)
+{
+    check_group(op, group);
+    const int64_t blocks = (K + GP_INT4_BLOCK - 1) / GP_INT4_BLOCK;
+    STD_TORCH_CHECK(N >= 0 && K >= 0 && weight.scalar_type() == ScalarType::Byte &&
+                        weight.dim() == 3 && weight.size(0) == panels_of(N) &&
+                        weight.size(1) == blocks && weight.size(2) == GP_INT4_PANEL_BLOCK,
+                    op, ": weight must be uint8 [", panels_of(N), ", ", blocks, ", 256] for N = ", N,
+                    ", K = ", K, ", got shape ", shape_of(weight));
+    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Half && scale.dim() == 4 &&
+                        scale.size(0) == panels_of(N) &&
+                        scale.size(1) == (K + group - 1) / group &&
+                        (scale.size(2) == 1 || scale.size(2) == 2) &&
+                        scale.size(3) == GP_INT4_ROWS,
+                    op, ": scale must be float16 [", panels_of(N), ", ", (K + group - 1) / group,
+                    ", 1 or 2, 16] for groups of ", group, ", got shape ", shape_of(scale));
+    STD_TORCH_CHECK(weight.is_cpu() && scale.is_cpu(), op, ": all tensors must be on one device");
+}
+
+gp_int4_weight int4_weight(const Tensor &weight, const Tensor &scale, int64_t group, int64_t K)
+{
+    return {K, group, static_cast<const uint8_t *>(weight.data_ptr()),
+            static_cast<const uint16_t *>(scale.data_ptr()), scale.size(2) == 2};
+}
+
+std::tuple<Tensor, Tensor> int4_quantize(const Tensor &weight, int64_t group, bool asymmetric,
+                                         bool search, const std::optional<Tensor> &importance)
+{
+    const char *op = "int4_quantize";
+    check_group(op, group);
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.is_cpu(), op, ": weight must be [N, K], got shape ",
+                    shape_of(weight));
+    gp_dtype type = float_type(weight.scalar_type(), op, "weight");
+    const int64_t N = weight.size(0), K = weight.size(1), P = panels_of(N);
+    const float *h = nullptr;
+    std::optional<Tensor> dense_importance;
+    if (importance) {
+        STD_TORCH_CHECK(importance->scalar_type() == ScalarType::Float && importance->is_cpu() &&
+                            importance->dim() == 1 && importance->size(0) == K,
+                        op, ": importance must be float32 [K] with K = ", K, ", got shape ",
+                        shape_of(*importance));
+        dense_importance = dense(*importance);
+        h = static_cast<const float *>(dense_importance->data_ptr());
+    }
+    Tensor w = dense(weight);
+    const int64_t blocks = (K + GP_INT4_BLOCK - 1) / GP_INT4_BLOCK;
+    Tensor q = new_tensor({P, blocks, GP_INT4_PANEL_BLOCK}, ScalarType::Byte);
+    Tensor scale = new_tensor({P, (K + group - 1) / group, 1 + asymmetric, GP_INT4_ROWS},
+                              ScalarType::Half);
+    const char *in = static_cast<const char *>(w.data_ptr());
+    uint8_t *out = static_cast<uint8_t *>(q.data_ptr());
+    uint16_t *scales = static_cast<uint16_t *>(scale.data_ptr());
+    const int64_t size = type == GP_F32 ? 4 : 2, per_panel = P ? scale.numel() / P : 0;
+    std::atomic<bool> out_of_memory{false};
+    parallel(P, 1, static_cast<double>(100 * K), [&](int64_t begin, int64_t end) {
+        std::unique_ptr<float[]> rows(new (std::nothrow)
+                                          float[static_cast<size_t>(GP_INT4_ROWS * K)]);
+        if (!rows) {
+            out_of_memory = true;
+            return;
+        }
+        for (int64_t p = begin; p < end; p++) {
+            const int64_t n = std::min<int64_t>(GP_INT4_ROWS, N - p * GP_INT4_ROWS);
+            const char *from = in + p * GP_INT4_ROWS * K * size;
+            const float *x = reinterpret_cast<const float *>(from);
+            if (type != GP_F32) {
+                for (int64_t r = 0; r < n; r++)
+                    gp.to_float_row(from + r * K * size, type, K, rows.get() + r * K);
+                x = rows.get();
+            }
+            gp_int4_quantize a = {x, n, K, K, group, h, search ? GP_MSE : GP_ABSMAX, asymmetric,
+                                  out + p * blocks * GP_INT4_PANEL_BLOCK, scales + p * per_panel};
+            gp.int4_quantize_panel(&a);
+        }
+    });
+    STD_TORCH_CHECK(!out_of_memory, op, ": out of memory for rows of ", K, " columns");
+    return {q, scale};
+}
+
+/* Rows index(i) of a weight, as floats. */
+template <class F>
+void int4_rows(const gp_int4_weight &w, int64_t n, gp_dtype type, void *y, const F &index)
+{
+    const int64_t size = type == GP_F32 ? 4 : 2;
+    char *out = static_cast<char *>(y);
+    parallel(n, 1, static_cast<double>(w.K * size), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+            gp.int4_dequantize_row(&w, index(i), out + i * w.K * size, type);
+    });
+}
+
+Tensor int4_dequantize(const Tensor &weight, const Tensor &scale, int64_t group, int64_t N,
+                       int64_t K, ScalarType dtype)
+{
+    check_int4_weight("int4_dequantize", weight, scale, group, N, K);
+    gp_dtype type = float_type(dtype, "int4_dequantize", "dtype");
+    Tensor w = dense(weight), s = dense(scale), y = new_tensor({N, K}, dtype);
+    int4_rows(int4_weight(w, s, group, K), N, type, y.data_ptr(), [](int64_t i) { return i; });
     return y;
 }
 
@@ -251,6 +382,27 @@ void float_linear(const Tensor &x, gp_dtype type, gp_float_linear a)
              [&](int64_t begin, int64_t end) { gp.float_linear(&a, begin, end); });
 }
 
+/* The integer planes of tokens, [M][planes][K_pad], then `after` for ranges of them, in multiples of
+ * 16. The calling thread alone does a few tokens: cheaper than a second parallel region. */
+template <class F>
+void quantize_tokens(const Tensor &x, gp_dtype type, int64_t M, int64_t K, int64_t K_pad, int planes,
+                     int8_t *q, float *scale, int32_t *sum, const F &after)
+{
+    const char *in = static_cast<const char *>(x.data_ptr());
+    const int64_t size = type == GP_F32 ? 4 : 2;
+    parallel(M, 16, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; m++) {
+            int8_t *row = q + m * planes * K_pad;
+            scale[m] = gp.int8_quantize_row(in + m * K * size, type, K, planes, row, K_pad,
+                                            sum + m * planes);
+            if (K < K_pad)
+                for (int p = 0; p < planes; p++)
+                    std::memset(row + p * K_pad + K, 0, static_cast<size_t>(K_pad - K));
+        }
+        after(begin, end);
+    });
+}
+
 void integer_linear(const Tensor &x, gp_dtype type, gp_int8_linear a)
 {
     const int64_t rows = a.M * a.planes, blocks = (a.M + 15) / 16;
@@ -263,24 +415,44 @@ void integer_linear(const Tensor &x, gp_dtype type, gp_int8_linear a)
     int32_t *sum = scratch.take<int32_t>(rows);
     int8_t *packed = scratch.take<int8_t>(packed_bytes);
     a.x = q, a.x_scale = scale, a.x_sum = sum, a.x_packed = pack ? packed : nullptr;
-    const char *in = static_cast<const char *>(x.data_ptr());
-    const int64_t size = type == GP_F32 ? 4 : 2;
-    /* The calling thread alone quantizes a few tokens: cheaper than a second parallel region. */
-    parallel(a.M, 16, static_cast<double>(a.K * size), [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; m++) {
-            int8_t *row = q + m * a.planes * a.K_pad;
-            scale[m] = gp.int8_quantize_row(in + m * a.K * size, type, a.K, a.planes, row, a.K_pad,
-                                            sum + m * a.planes);
-            if (a.K < a.K_pad)
-                for (int p = 0; p < a.planes; p++)
-                    std::memset(row + p * a.K_pad + a.K, 0, static_cast<size_t>(a.K_pad - a.K));
-        }
-        if (pack)
-            for (int64_t b = begin / 16; b < (end + 15) / 16; b++)
-                gp.int8_pack(&a, b, packed + b * 16 * a.planes * a.K_pad);
-    });
+    quantize_tokens(x, type, a.M, a.K, a.K_pad, a.planes, q, scale, sum,
+                    [&](int64_t begin, int64_t end) {
+                        if (pack)
+                            for (int64_t b = begin / 16; b < (end + 15) / 16; b++)
+                                gp.int8_pack(&a, b, packed + b * 16 * a.planes * a.K_pad);
+                    });
     parallel(a.N, 32, row_cost(a.K, rows),
              [&](int64_t begin, int64_t end) { gp.int8_linear(&a, begin, end); });
+}
+
+/* The bias [N] of a linear as float32. */
+struct Bias {
+    const float *data = nullptr;
+
+    Bias(const char *op, const std::optional<Tensor> &bias, int64_t N)
+    {
+        if (!bias) return;
+        STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, op,
+                        ": bias must be [N] with N = ", N, ", got ", shape_of(*bias));
+        gp_dtype type = float_type(bias->scalar_type(), op, "bias");
+        dense_ = dense(*bias);
+        data = static_cast<const float *>(dense_->data_ptr());
+        if (type == GP_F32) return;
+        converted_.reset(new float[static_cast<size_t>(N)]);
+        gp.to_float_row(data, type, N, converted_.get());
+        data = converted_.get();
+    }
+
+  private:
+    std::optional<Tensor> dense_;
+    std::unique_ptr<float[]> converted_;
+};
+
+void check_linear(const char *op, const Tensor &x, int64_t activation_bits)
+{
+    STD_TORCH_CHECK(x.is_cpu(), op, ": all tensors must be on one device");
+    STD_TORCH_CHECK(activation_bits == 8 || activation_bits == 16 || activation_bits == 32, op,
+                    ": activation_bits must be 8, 16 or 32, got ", activation_bits);
 }
 
 Tensor int8_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale,
@@ -290,9 +462,7 @@ Tensor int8_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale
     STD_TORCH_CHECK(weight.dim() == 2 && x_in.dim() >= 1 && x_in.size(-1) == weight.size(1),
                     "int8_linear: x ", shape_of(x_in), " does not end in K of weight [N, K] ",
                     shape_of(weight));
-    STD_TORCH_CHECK(x_in.is_cpu(), "int8_linear: all tensors must be on one device");
-    STD_TORCH_CHECK(activation_bits == 8 || activation_bits == 16 || activation_bits == 32,
-                    "int8_linear: activation_bits must be 8, 16 or 32, got ", activation_bits);
+    check_linear("int8_linear", x_in, activation_bits);
     gp_dtype type = float_type(x_in.scalar_type(), "int8_linear", "x");
     const int64_t N = weight.size(0), K = weight.size(1);
     Tensor x = dense(x_in), w = dense(weight), s = dense(scale);
@@ -301,22 +471,7 @@ Tensor int8_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale
     sizes.push_back(N);
     Tensor y = new_tensor(sizes, x.scalar_type());
 
-    std::optional<Tensor> b;
-    std::unique_ptr<float[]> converted;
-    const float *bias_data = nullptr;
-    if (bias) {
-        STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N,
-                        "int8_linear: bias must be [N] with N = ", N, ", got ", shape_of(*bias));
-        gp_dtype bias_type = float_type(bias->scalar_type(), "int8_linear", "bias");
-        b = dense(*bias);
-        if (bias_type == GP_F32) {
-            bias_data = static_cast<const float *>(b->data_ptr());
-        } else {
-            converted.reset(new float[static_cast<size_t>(N)]);
-            gp.to_float_row(b->data_ptr(), bias_type, N, converted.get());
-            bias_data = converted.get();
-        }
-    }
+    const Bias b("int8_linear", bias, N);
     if (M == 0 || N == 0) return y;
 
     const int64_t K_pad = round_up(K, GP_K_ALIGN);
@@ -324,11 +479,76 @@ Tensor int8_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale
     const float *w_scale = static_cast<const float *>(s.data_ptr());
     if (activation_bits == 32)
         float_linear(x, type,
-                     {M, N, K, K_pad, nullptr, q, w_scale, bias_data, y.data_ptr(), type});
+                     {M, N, K, K_pad, nullptr, q, w_scale, b.data, y.data_ptr(), type});
     else
         integer_linear(x, type,
                        {M, N, K, K_pad, activation_bits == 8 ? 1 : 2, nullptr, nullptr, nullptr,
-                        nullptr, q, w_scale, bias_data, y.data_ptr(), type});
+                        nullptr, q, w_scale, b.data, y.data_ptr(), type});
+    return y;
+}
+
+void int4_integer_linear(const Tensor &x, gp_dtype type, gp_int4_linear a)
+{
+    const int64_t K = a.w.K, rows = a.M * a.planes, groups = (K + a.w.group - 1) / a.w.group;
+    Scratch scratch(Scratch::bytes<int8_t>(rows * a.K_pad) + Scratch::bytes<float>(a.M) +
+                    Scratch::bytes<int32_t>(rows) + Scratch::bytes<int32_t>(a.M * groups));
+    int8_t *q = scratch.take<int8_t>(rows * a.K_pad);
+    float *scale = scratch.take<float>(a.M);
+    int32_t *sum = scratch.take<int32_t>(rows), *group_sums = scratch.take<int32_t>(a.M * groups);
+    a.x = q, a.x_scale = scale, a.x_sum = group_sums;
+    quantize_tokens(x, type, a.M, K, a.K_pad, a.planes, q, scale, sum,
+                    [&](int64_t begin, int64_t end) {
+                        for (int64_t m = begin; m < end; m++)
+                            gp.int4_sum_groups(q + m * a.planes * a.K_pad, K, a.K_pad, a.planes,
+                                               a.w.group, group_sums + m * groups);
+                    });
+    parallel(panels_of(a.N), 1, 8 * row_cost(K, rows),
+             [&](int64_t begin, int64_t end) { gp.int4_linear(&a, begin, end); });
+}
+
+Tensor int4_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale,
+                   const std::optional<Tensor> &bias, int64_t group, int64_t N,
+                   int64_t activation_bits)
+{
+    const char *op = "int4_linear";
+    STD_TORCH_CHECK(x_in.dim() >= 1, op, ": x must be [..., K], got a scalar");
+    const int64_t K = x_in.size(-1);
+    check_int4_weight(op, weight, scale, group, N, K);
+    check_linear(op, x_in, activation_bits);
+    gp_dtype type = float_type(x_in.scalar_type(), op, "x");
+    Tensor x = dense(x_in), w = dense(weight), s = dense(scale);
+    std::vector<int64_t> sizes = leading(x);
+    const int64_t M = product(sizes), K_pad = round_up(K, GP_K_ALIGN);
+    sizes.push_back(N);
+    Tensor y = new_tensor(sizes, x.scalar_type());
+    const Bias b(op, bias, N);
+    if (M == 0 || N == 0) return y;
+    const gp_int4_weight panels = int4_weight(w, s, group, K);
+    if (activation_bits == 32) {
+        Scratch scratch(Scratch::bytes<float>(M * K_pad));
+        const float *rows = float_rows(x, type, M, K, K_pad, scratch);
+        const gp_int4_float_linear a = {M, N, K_pad, rows, panels, b.data, y.data_ptr(), type};
+        parallel(panels_of(N), 1, 8 * row_cost(K, 4 * M),
+                 [&](int64_t begin, int64_t end) { gp.int4_float_linear(&a, begin, end); });
+    } else {
+        int4_integer_linear(x, type, {M, N, K_pad, activation_bits == 8 ? 1 : 2, nullptr, nullptr,
+                                      nullptr, panels, b.data, y.data_ptr(), type});
+    }
+    return y;
+}
+
+Tensor int4_embedding(const Tensor &indices, const Tensor &weight, const Tensor &scale,
+                      int64_t group, int64_t N, int64_t K, ScalarType dtype)
+{
+    check_int4_weight("int4_embedding", weight, scale, group, N, K);
+    gp_dtype type = float_type(dtype, "int4_embedding", "dtype");
+    Tensor ids = Indices::checked("int4_embedding", indices), w = dense(weight), s = dense(scale);
+    const Indices index("int4_embedding", ids, N);
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < ids.dim(); i++) sizes.push_back(ids.size(i));
+    sizes.push_back(K);
+    Tensor y = new_tensor(sizes, dtype);
+    int4_rows(int4_weight(w, s, group, K), ids.numel(), type, y.data_ptr(), index);
     return y;
 }
 
@@ -402,6 +622,14 @@ STABLE_TORCH_LIBRARY(gpu_poor, m)
           "int activation_bits) -> Tensor");
     m.def("int8_embedding(Tensor indices, Tensor weight, Tensor scale, ScalarType dtype)"
           " -> Tensor");
+    m.def("int4_quantize(Tensor weight, int group, bool asymmetric, bool search, "
+          "Tensor? importance) -> (Tensor, Tensor)");
+    m.def("int4_dequantize(Tensor weight, Tensor scale, int group, int n, int k, ScalarType dtype)"
+          " -> Tensor");
+    m.def("int4_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int group, int n, "
+          "int activation_bits) -> Tensor");
+    m.def("int4_embedding(Tensor indices, Tensor weight, Tensor scale, int group, int n, int k, "
+          "ScalarType dtype) -> Tensor");
     m.def("channel_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("gram_(Tensor(a!) acc, Tensor x) -> ()");
 }
@@ -412,6 +640,10 @@ STABLE_TORCH_LIBRARY_IMPL(gpu_poor, CPU, m)
     m.impl("int8_dequantize", TORCH_BOX(&int8_dequantize));
     m.impl("int8_linear", TORCH_BOX(&int8_linear));
     m.impl("int8_embedding", TORCH_BOX(&int8_embedding));
+    m.impl("int4_quantize", TORCH_BOX(&int4_quantize));
+    m.impl("int4_dequantize", TORCH_BOX(&int4_dequantize));
+    m.impl("int4_linear", TORCH_BOX(&int4_linear));
+    m.impl("int4_embedding", TORCH_BOX(&int4_embedding));
     m.impl("channel_stats", TORCH_BOX(&channel_stats));
     m.impl("gram_", TORCH_BOX(&gram_));
 }

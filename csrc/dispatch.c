@@ -32,20 +32,35 @@ static unsigned features(void)
     return cached;
 }
 
-int gp_available(void)
+/* The list is ordered and every level needs the ones below it, so the available ones lead it. */
+static int usable(void)
 {
     int n = 0;
-    for (int i = 0; i < N_IMPLS; i++) n += (impls[i]->needs & ~features()) == 0;
+    while (n < N_IMPLS && (impls[n]->needs & ~features()) == 0) n++;
     return n;
 }
 
-/* The list is ordered and every level needs the ones below it, so the available ones lead it. */
-const gp_impl *gp_available_impl(int i) { return i < gp_available() ? impls[i] : NULL; }
+/* The i-th instruction set: the first of its lines. */
+static const gp_impl *level(int i)
+{
+    for (int k = 0; k < usable(); k++)
+        if ((k == 0 || strcmp(impls[k]->name, impls[k - 1]->name)) && i-- == 0) return impls[k];
+    return NULL;
+}
+
+int gp_available(void)
+{
+    int n = 0;
+    while (level(n)) n++;
+    return n;
+}
+
+const char *gp_available_isa(int i) { return level(i) ? level(i)->name : NULL; }
 
 int gp_set_isa(const char *name)
 {
     int last = -1;
-    for (int i = 0; i < gp_available(); i++)
+    for (int i = 0; i < usable(); i++)
         if (!name || strcmp(impls[i]->name, name) == 0) last = i;
     if (last < 0) return -1;
     gp_impl table = *impls[0];

@@ -141,11 +141,7 @@ static void to_float_row_ref(const void *x, gp_dtype type, int64_t K, float *y)
     for (int64_t k = 0; k < K; k++) y[k] = gp_load(x, type, k);
 }
 
-void gp_channel_stats_ref(const float *, int64_t, int64_t, int64_t, int64_t, float *, float *,
-                          float *, double *);
-void gp_gram_ref(const float *, int64_t, int64_t, int64_t, int64_t, float *);
-
-const gp_impl gp_impl_ref = {
+const gp_impl gp_impl_int8_ref = {
     .name = "ref",
     .int8_quantize_row = int8_quantize_row_ref,
     .int8_quantize_weight_row = int8_quantize_weight_row_ref,
@@ -154,6 +150,4 @@ const gp_impl gp_impl_ref = {
     .float_linear = float_linear_ref,
     .int8_dequantize_row = int8_dequantize_row_ref,
     .to_float_row = to_float_row_ref,
-    .channel_stats = gp_channel_stats_ref,
-    .gram = gp_gram_ref,
 };

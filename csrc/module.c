@@ -28,7 +28,7 @@ static PyObject *available(PyObject *self, PyObject *unused)
     (void)self, (void)unused;
     PyObject *names = PyTuple_New(gp_available());
     for (int i = 0; names && i < gp_available(); i++)
-        PyTuple_SetItem(names, i, PyUnicode_FromString(gp_available_impl(i)->name));
+        PyTuple_SetItem(names, i, PyUnicode_FromString(gp_available_isa(i)));
     return names;
 }
 

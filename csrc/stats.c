@@ -7,12 +7,8 @@
 
 #include "common.h"
 
-void gp_channel_stats_ref(const float *x, int64_t M, int64_t K, int64_t k0, int64_t k1,
-                          float *absmax, float *min, float *max, double *sum_square);
-void gp_gram_ref(const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1, float *acc);
-
-void gp_channel_stats_ref(const float *x, int64_t M, int64_t K, int64_t k0, int64_t k1,
-                          float *absmax, float *min, float *max, double *sum_square)
+static void channel_stats_ref(const float *x, int64_t M, int64_t K, int64_t k0, int64_t k1,
+                              float *absmax, float *min, float *max, double *sum_square)
 {
     for (int64_t k = k0; k < k1; k++) {
         min[k] = max[k] = x[k];
@@ -33,7 +29,7 @@ void gp_channel_stats_ref(const float *x, int64_t M, int64_t K, int64_t k0, int6
     }
 }
 
-void gp_gram_ref(const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1, float *acc)
+static void gram_ref(const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1, float *acc)
 {
     for (int64_t i = i0; i < i1; i++) {
         for (int64_t j = i; j < K; j++) {
@@ -44,3 +40,9 @@ void gp_gram_ref(const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1, f
         }
     }
 }
+
+const gp_impl gp_impl_stats_ref = {
+    .name = "ref",
+    .channel_stats = channel_stats_ref,
+    .gram = gram_ref,
+};

@@ -280,7 +280,7 @@ TARGET static void linear_packed(const gp_int8_linear *a, int64_t n0, int64_t n1
 }
 
 /* The linear of the level below serves unpacked activations and the last N % 16 rows. */
-extern const gp_impl gp_impl_avx512_vnni;
+extern const gp_impl gp_impl_int8_avx512_vnni;
 
 TARGET static void int8_linear_amx(const gp_int8_linear *a, int64_t n0, int64_t n1)
 {
@@ -289,10 +289,10 @@ TARGET static void int8_linear_amx(const gp_int8_linear *a, int64_t n0, int64_t 
         whole = n0 + (n1 - n0) / 16 * 16;
         if (whole > n0) linear_packed(a, n0, whole);
     }
-    if (whole < n1) gp_impl_avx512_vnni.int8_linear(a, whole, n1);
+    if (whole < n1) gp_impl_int8_avx512_vnni.int8_linear(a, whole, n1);
 }
 
-const gp_impl gp_impl_amx = {
+const gp_impl gp_impl_int8_amx = {
     .name = "amx",
     .needs = GP_CPU_AMX,
     .pack_min_rows = 5, /* 4 rows of all planes stream as well through the vectors */

@@ -335,11 +335,7 @@ TARGET static void to_float_row_avx2(const void *x, gp_dtype type, int64_t K, fl
     for (; k < K; k++) y[k] = gp_load(x, type, k);
 }
 
-void gp_channel_stats_avx2(const float *, int64_t, int64_t, int64_t, int64_t, float *, float *,
-                           float *, double *);
-void gp_gram_avx2(const float *, int64_t, int64_t, int64_t, int64_t, float *);
-
-const gp_impl gp_impl_avx2 = {
+const gp_impl gp_impl_int8_avx2 = {
     .name = "avx2",
     .needs = GP_CPU_AVX2,
     .int8_quantize_row = int8_quantize_row_avx2,
@@ -348,7 +344,5 @@ const gp_impl gp_impl_avx2 = {
     .float_linear = float_linear_avx2,
     .int8_dequantize_row = int8_dequantize_row_avx2,
     .to_float_row = to_float_row_avx2,
-    .channel_stats = gp_channel_stats_avx2,
-    .gram = gp_gram_avx2,
 };
 #endif

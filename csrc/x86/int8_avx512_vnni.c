@@ -255,11 +255,7 @@ TARGET static void to_float_row_avx512(const void *x, gp_dtype type, int64_t K, 
     }
 }
 
-void gp_channel_stats_avx512(const float *, int64_t, int64_t, int64_t, int64_t, float *, float *,
-                             float *, double *);
-void gp_gram_avx512(const float *, int64_t, int64_t, int64_t, int64_t, float *);
-
-const gp_impl gp_impl_avx512_vnni = {
+const gp_impl gp_impl_int8_avx512_vnni = {
     .name = "avx512_vnni",
     .needs = GP_CPU_AVX512_VNNI,
     .int8_quantize_row = int8_quantize_row_avx512_vnni,
@@ -268,7 +264,5 @@ const gp_impl gp_impl_avx512_vnni = {
     .float_linear = float_linear_avx512,
     .int8_dequantize_row = int8_dequantize_row_avx512,
     .to_float_row = to_float_row_avx512,
-    .channel_stats = gp_channel_stats_avx512,
-    .gram = gp_gram_avx512,
 };
 #endif

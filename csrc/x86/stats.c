@@ -33,4 +33,18 @@
 #define vec_zero() _mm512_setzero_ps()
 #define vec_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
 #include "stats_template.h"
+
+const gp_impl gp_impl_stats_avx2 = {
+    .name = "avx2",
+    .needs = GP_CPU_AVX2,
+    .channel_stats = channel_stats_avx2,
+    .gram = gram_avx2,
+};
+
+const gp_impl gp_impl_stats_avx512 = {
+    .name = "avx512_vnni",
+    .needs = GP_CPU_AVX512_VNNI,
+    .channel_stats = channel_stats_avx512,
+    .gram = gram_avx512,
+};
 #endif

@@ -1,14 +1,10 @@
 /* SPDX-License-Identifier: MIT
  * Included by stats.c once per ISA, with NAME, TARGET, LANES, ROWS, VECS and the vec_* operations
  * defined; undefines them. */
-void NAME(gp_channel_stats)(const float *x, int64_t M, int64_t K, int64_t k0, int64_t k1,
-                            float *absmax, float *min, float *max, double *sum_square);
-void NAME(gp_gram)(const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1, float *acc);
-
 /* The reference's loops: they vectorize across the channels as they are, given the target. */
-TARGET void NAME(gp_channel_stats)(const float *x, int64_t M, int64_t K, int64_t k0, int64_t k1,
-                                   float *absmax, float *restrict min, float *restrict max,
-                                   double *restrict sum_square)
+TARGET static void NAME(channel_stats)(const float *x, int64_t M, int64_t K, int64_t k0,
+                                       int64_t k1, float *absmax, float *restrict min,
+                                       float *restrict max, double *restrict sum_square)
 {
     for (int64_t k = k0; k < k1; k++) {
         min[k] = max[k] = x[k];
@@ -52,7 +48,8 @@ GP_INLINE TARGET void NAME(gram_tile)(const float *x, int64_t M, int64_t K, int6
 }
 
 /* Only j >= i is computed; that half is what makes this competitive with a full matrix product. */
-TARGET void NAME(gp_gram)(const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1, float *acc)
+TARGET static void NAME(gram)(const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1,
+                              float *acc)
 {
     enum { WIDTH = VECS * LANES };
     float tile[ROWS * WIDTH];

@@ -198,6 +198,100 @@ static void check_float_linear(const gp_impl *impl, int64_t M, int64_t N, int64_
     release_all();
 }
 
+/* Finite halves of either sign. */
+static void fill_halves(uint16_t *h, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) h[i] = (uint16_t)(random_u32() & 0xbfff);
+}
+
+/* Every int4 kernel on a weight [N, K]; all of them give the reference's bits. */
+static void check_int4(const gp_impl *impl, int64_t M, int64_t N, int64_t K, int64_t group,
+                       int planes, int asym, int with_bias)
+{
+    const int64_t K_pad = round_up(K), P = (N + 15) / 16, B = (K + 31) / 32;
+    const int64_t groups = (K + group - 1) / group, rows = M * planes;
+    for (int at_start = 0; at_start < 2; at_start++) {
+        uint8_t *w = guarded((size_t)(P * B * 256), at_start);
+        uint16_t *scale = guarded((size_t)(P * groups * (1 + asym) * 16) * 2, at_start);
+        int8_t *x = guarded((size_t)(rows * K_pad), at_start);
+        int32_t *sum = guarded((size_t)(M * groups) * 4, at_start);
+        int32_t *want_sum = malloc((size_t)(M * groups) * 4);
+        float *x_scale = guarded((size_t)M * 4, at_start), *bias = guarded((size_t)N * 4, at_start);
+        float *y = guarded((size_t)(M * N) * 4, at_start), *want = malloc((size_t)(M * N) * 4);
+        float *xf = guarded((size_t)(M * K_pad) * 4, at_start);
+        for (int64_t i = 0; i < P * B * 256; i++) w[i] = (uint8_t)random_u32();
+        fill_halves(scale, P * groups * (1 + asym) * 16);
+        memset(x, 0, (size_t)(rows * K_pad));
+        memset(xf, 0, (size_t)(M * K_pad) * 4);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t k = 0; k < K; k++) x[r * K_pad + k] = (int8_t)((int)(random_u32() % 255) - 127);
+        for (int64_t m = 0; m < M; m++) {
+            fill_floats(xf + m * K_pad, GP_F32, K);
+            const int8_t *row = x + m * planes * K_pad;
+            impl->int4_sum_groups(row, K, K_pad, planes, group, sum + m * groups);
+            ref->int4_sum_groups(row, K, K_pad, planes, group, want_sum + m * groups);
+        }
+        CHECK(memcmp(sum, want_sum, (size_t)(M * groups) * 4) == 0, "%s int4_sum_groups K %ld",
+              impl->name, (long)K);
+        fill_floats(x_scale, GP_F32, M);
+        fill_floats(bias, GP_F32, N);
+        gp_int4_weight weight = {K, group, w, scale, asym};
+        gp_int4_linear a = {M, N, K_pad, planes, x, sum, x_scale, weight,
+                            with_bias ? bias : NULL, want, GP_F32};
+        ref->int4_linear(&a, 0, P);
+        a.y = y;
+        impl->int4_linear(&a, 0, P / 2);
+        impl->int4_linear(&a, P / 2, P);
+        CHECK(memcmp(y, want, (size_t)(M * N) * 4) == 0,
+              "%s int4_linear M %ld N %ld K %ld group %ld planes %d asym %d", impl->name, (long)M,
+              (long)N, (long)K, (long)group, planes, asym);
+        gp_int4_float_linear f = {M, N, K_pad, xf, weight, with_bias ? bias : NULL, want, GP_F32};
+        ref->int4_float_linear(&f, 0, P);
+        f.y = y;
+        impl->int4_float_linear(&f, 0, P / 2);
+        impl->int4_float_linear(&f, P / 2, P);
+        CHECK(memcmp(y, want, (size_t)(M * N) * 4) == 0,
+              "%s int4_float_linear M %ld N %ld K %ld group %ld asym %d", impl->name, (long)M,
+              (long)N, (long)K, (long)group, asym);
+        float *row = guarded((size_t)K * 4, at_start), *want_row = malloc((size_t)K * 4);
+        for (int64_t n = 0; n < N; n++) {
+            impl->int4_dequantize_row(&weight, n, row, GP_F32);
+            ref->int4_dequantize_row(&weight, n, want_row, GP_F32);
+            CHECK(memcmp(row, want_row, (size_t)K * 4) == 0, "%s int4_dequantize_row", impl->name);
+        }
+        free(want_row);
+        free(want_sum);
+        free(want);
+        release_all();
+    }
+}
+
+static void check_int4_quantize(const gp_impl *impl, int64_t rows, int64_t K, int64_t group,
+                                int asym)
+{
+    const size_t bytes = (size_t)((K + 31) / 32 * 256);
+    const size_t halves = (size_t)((K + group - 1) / group * (1 + asym) * 16);
+    for (int search = GP_ABSMAX; search <= GP_MSE; search++) {
+        float *x = guarded((size_t)(rows * K) * 4, search), *h = guarded((size_t)K * 4, search);
+        uint8_t *w = guarded(bytes, search), *want = malloc(bytes);
+        uint16_t *scale = guarded(2 * halves, search), *want_scale = malloc(2 * halves);
+        fill_floats(x, GP_F32, rows * K);
+        for (int64_t k = 0; k < K; k++) h[k] = fabsf(random_float());
+        if (K > 40) x[K / 2] = NAN, x[K - 1] = INFINITY;
+        gp_int4_quantize a = {x, rows, K, K, group, K % 2 ? h : NULL, (gp_search)search, asym,
+                              want, want_scale};
+        ref->int4_quantize_panel(&a);
+        a.w = w, a.scale = scale;
+        impl->int4_quantize_panel(&a);
+        CHECK(memcmp(w, want, bytes) == 0 && memcmp(scale, want_scale, 2 * halves) == 0,
+              "%s int4_quantize_panel rows %ld K %ld group %ld asym %d search %d", impl->name,
+              (long)rows, (long)K, (long)group, asym, search);
+        free(want);
+        free(want_scale);
+        release_all();
+    }
+}
+
 static void check_rows(const gp_impl *impl, int64_t K, gp_dtype type)
 {
     for (int at_start = 0; at_start < 2; at_start++) {
@@ -257,9 +351,11 @@ int main(void)
     static const int64_t tokens[] = {1, 2, 3, 5, 15, 16, 17, 33, 40};
     static const int64_t outs[] = {1, 3, 16, 17, 33, 70};
     const int n_sizes = sizeof(sizes) / sizeof(*sizes);
-    ref = gp_available_impl(0);
+    if (gp_set_isa(gp_available_isa(0))) return 1;
+    const gp_impl reference = gp;
+    ref = &reference;
     for (int i = 0; i < gp_available(); i++) {
-        if (gp_set_isa(gp_available_impl(i)->name)) return 1;
+        if (gp_set_isa(gp_available_isa(i))) return 1;
         const gp_impl table = gp; /* what this cap runs, inherited kernels included */
         for (int s = 0; s < n_sizes; s++) {
             int64_t K = sizes[s];
@@ -269,6 +365,8 @@ int main(void)
                         check_quantize(&table, (gp_dtype)type, K, planes, special);
                 check_rows(&table, K, (gp_dtype)type);
             }
+            for (int asym = 0; asym < 2; asym++)
+                check_int4_quantize(&table, 1 + s % 16, K, 32 * (1 + s % 4), asym);
             for (int t = 0; t < (int)(sizeof(tokens) / sizeof(*tokens)); t++) {
                 for (int o = 0; o < (int)(sizeof(outs) / sizeof(*outs)); o++) {
                     int odd = (s + t + o) % 3;
@@ -276,6 +374,9 @@ int main(void)
                         check_linear(&table, tokens[t], outs[o], K, planes, (gp_dtype)odd,
                                      (t + o) % 2, s % 2);
                 }
+                for (int asym = 0; asym < 2; asym++)
+                    check_int4(&table, tokens[t], outs[(s + t) % 6] * (1 + t), K,
+                               32 * (1 + (s + t) % 4), 1 + (s + asym) % 2, asym, t % 2);
                 check_float_linear(&table, tokens[t], outs[t % 6], K);
                 check_stats(&table, tokens[t], K);
             }

@@ -9,6 +9,9 @@ from gpu_poor import isa, ops
 W, S = random_int8(20, 30), torch.rand(20) / 100
 X = heavy_tailed(6, 30)
 
+W4, S4 = ops.int4_quantize(heavy_tailed(20, 30, seed=1), 32)
+A4, M4 = ops.int4_quantize(heavy_tailed(20, 30, seed=1), 32, asymmetric=True)
+
 SAMPLES = {
     "int8_quantize": [(X,), (X.bfloat16(),), (X.view(2, 3, 30),), (X[:0],)],
     "int8_dequantize": [(W, S, torch.float32), (W, S, torch.bfloat16)],
@@ -22,6 +25,23 @@ SAMPLES = {
     "int8_embedding": [
         (torch.tensor([[0, 19]]), W, S, torch.float32),
         (torch.tensor([3], dtype=torch.int32), W, S, torch.bfloat16),
+    ],
+    "int4_quantize": [
+        (X, 32, False, True, None),
+        (X.bfloat16(), 64, True, False, torch.rand(30)),
+        (X[:0], 32, False, True, None),
+    ],
+    "int4_dequantize": [(W4, S4, 32, 20, 30, torch.float32), (A4, M4, 32, 20, 30, torch.float16)],
+    "int4_linear": [
+        (X, W4, S4, None, 32, 20, 16),
+        (X.half(), A4, M4, torch.randn(20).half(), 32, 20, 8),
+        (X.view(2, 3, 30), A4, M4, torch.randn(20), 32, 20, 32),
+        (X[:0], W4, S4, None, 32, 20, 16),
+        (X.clone().requires_grad_(), W4, S4, torch.randn(20, requires_grad=True), 32, 20, 16),
+    ],
+    "int4_embedding": [
+        (torch.tensor([[0, 19]]), W4, S4, 32, 20, 30, torch.float32),
+        (torch.tensor([3], dtype=torch.int32), A4, M4, 32, 20, 30, torch.bfloat16),
     ],
     "channel_stats": [(X,), (X.view(2, 3, 30).bfloat16(),)],
     "gram_": [(torch.zeros(30, 30), X)],
@@ -50,6 +70,18 @@ def test_int8_linear_gradient_is_that_of_the_dequantized_weight(isa, bits):
     grad = heavy_tailed(6, 20, seed=5)
     ops.int8_linear(x, W, S, bias, bits).backward(grad)
     dense = W.double() * S.double()[:, None]
+    assert_within(x.grad, grad.double() @ dense, 1e-5)
+    assert_within(bias.grad, grad.double().sum(0), 1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+@pytest.mark.parametrize("weight, scale", [(W4, S4), (A4, M4)], ids=["sym", "asym"])
+def test_int4_linear_gradient_is_that_of_the_dequantized_weight(isa, weight, scale, bits):
+    x = X.clone().requires_grad_()
+    bias = torch.zeros(20, requires_grad=True)
+    grad = heavy_tailed(6, 20, seed=5)
+    ops.int4_linear(x, weight, scale, bias, 32, 20, bits).backward(grad)
+    dense = ops.int4_dequantize(weight, scale, 32, 20, 30).double()
     assert_within(x.grad, grad.double() @ dense, 1e-5)
     assert_within(bias.grad, grad.double().sum(0), 1e-5)
 

@@ -1,0 +1,29 @@
+"""The torch operators ``gpu_poor::*``: typed wrappers, fake kernels, autograd, plain torch paths.
+
+Nothing else in the package calls ``torch.ops.gpu_poor``. On a CPU tensor an operator runs the C
+kernels of csrc/; on any other device, or under ``GPU_POOR_ISA=torch``, the plain torch function
+written here, with the same result within float rounding. A file for each family of kernels.
+
+Letters: M rows (tokens), N out features, K in features, G group size, P panels of 16 rows.
+"""
+
+from gpu_poor.ops.common import ACTIVATIONS, FLOATS, Q_MAX
+from gpu_poor.ops.int4 import int4_dequantize, int4_embedding, int4_linear, int4_quantize
+from gpu_poor.ops.int8 import int8_dequantize, int8_embedding, int8_linear, int8_quantize
+from gpu_poor.ops.stats import channel_stats, gram_
+
+__all__ = [
+    "ACTIVATIONS",
+    "FLOATS",
+    "Q_MAX",
+    "channel_stats",
+    "gram_",
+    "int4_dequantize",
+    "int4_embedding",
+    "int4_linear",
+    "int4_quantize",
+    "int8_dequantize",
+    "int8_embedding",
+    "int8_linear",
+    "int8_quantize",
+]
