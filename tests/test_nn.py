@@ -149,6 +149,32 @@ def test_every_kind_is_met_by_a_model(model_name):
 KINDS_MET: set[str] = set()
 
 
+def test_an_expert_that_overflows_on_tokens_it_does_not_get_adds_nothing():
+    experts = quantize(make_model("mixtral"), verbose=False).model.layers[0].mlp.experts
+    experts.gate_up_proj_scale[3] = 1e30
+    x, weights = torch.randn(5, 128), torch.full((5, 2), 0.5)
+    index = torch.tensor([[0, 1]] * 5)
+    assert not experts._expert(3, x).isfinite().all()
+    dense = experts._forward_dense(x, index, weights)
+    assert torch.allclose(dense, experts(x, index, weights), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_type_is_a_cast_that_leaves_integers_alone(dtype):
+    model = quantize(make_model("llama-tied"), verbose=False).type(dtype)
+    weights = [m.weight for m in model.modules() if isinstance(m, QuantizedModule)]
+    assert {w.dtype for w in weights} == {torch.int8}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.dtype == logits(model).dtype == dtype
+
+
+def test_requires_grad_is_for_the_bias():
+    _, quantized = make_linear()
+    assert quantized.requires_grad_(False) is quantized and not quantized.bias.requires_grad
+    quantized.requires_grad_(True)
+    assert quantized.bias.requires_grad and not quantized.weight.requires_grad
+
+
 def test_no_kind_goes_untested():
     if KINDS_MET:  # the test above ran in this process
         assert KINDS_MET == set(KINDS)

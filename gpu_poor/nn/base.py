@@ -203,7 +203,14 @@ class QuantizedModule(nn.Module):
             )
         self.dtype = dtype
         before = {key: self.scale(key) for key in (f"{name}_scale" for name in self.weight_names)}
-        super()._apply(fn, recurse)
+
+        def keep_int8(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            if tensor.dtype == torch.int8 and new.dtype != torch.int8:  # .type() casts integers too
+                return tensor.to(new.device)
+            return new
+
+        super()._apply(keep_int8, recurse)
         for key, old in before.items():
             owner = self._scale_owners.get(key, self)
             new = fn(old) if owner is not self else self._buffers[key]
@@ -213,6 +220,13 @@ class QuantizedModule(nn.Module):
                 old.data = new
                 new = old
             owner._buffers[key] = new
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> "QuantizedModule":
+        """For what can have a gradient: the bias."""
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(requires_grad)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

@@ -118,8 +118,11 @@ class QuantizedExperts(QuantizedModule):
         """Every expert on every token: no shape depends on the routing, so it compiles whole."""
         out = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
-            weight = torch.where(top_k_index == expert, top_k_weights, 0).sum(1, keepdim=True)
-            out = out + (self._expert(expert, hidden_states) * weight).to(out.dtype)
+            here = top_k_index == expert
+            weight = torch.where(here, top_k_weights, 0).sum(1, keepdim=True)
+            y = self._expert(expert, hidden_states) * weight
+            # Not just times 0: what overflows on a token that the expert never gets would be NaN.
+            out = out + torch.where(here.any(1, keepdim=True), y, 0).to(out.dtype)
         return out
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
