@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -27,6 +28,7 @@ from gpu_poor.hf_load import (
     add_missing_ties,
     candidates,
     check_complete,
+    check_device_map,
     check_files,
     check_loaded,
     float_parameters,
@@ -36,7 +38,7 @@ from gpu_poor.hf_load import (
     tie_skeleton,
 )
 from gpu_poor.hf_stream import Incoming, Int8Quantize, is_quantized_weight, merge_later
-from gpu_poor.nn import KINDS
+from gpu_poor.nn import KINDS, QuantizedModule
 from gpu_poor.plan import Patterns, check_reduction, kinds_of, make_plan, ties_of
 from gpu_poor.quantize import check_options, dequantize
 from gpu_poor.receipt import make_receipt
@@ -48,6 +50,9 @@ VERSION = 1
 @register_quantization_config(METHOD)
 class GpuPoorConfig(QuantizationConfigMixin):
     """How to quantize a model, and in a saved folder what is quantized.
+
+    Given to ``from_pretrained`` it quantizes while loading. That prints nothing: the receipt is
+    ``gpu_poor.receipt(model)``.
 
     Args:
         bits, activation, include, exclude, critical_layers, allow_partial: as of
@@ -139,6 +144,16 @@ class GpuPoorQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._incoming = Incoming()
 
+    def update_dtype(self, dtype):
+        if isinstance(dtype, torch.dtype) and dtype not in ops.FLOATS:
+            known = ", ".join(str(known).removeprefix("torch.") for known in ops.FLOATS)
+            raise ValueError(f"{METHOD}: dtype must be one of {known}, got {dtype}")
+        return dtype
+
+    def update_device_map(self, device_map):
+        check_device_map(device_map)
+        return device_map
+
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         """Swap the modules of the skeleton, which is on the meta device."""
         config = self.quantization_config
@@ -183,6 +198,7 @@ class GpuPoorQuantizer(HfQuantizer):
         try:
             if self._incoming.errors:
                 raise self._incoming.errors[0]
+            check_device_map(getattr(model, "hf_device_map", None))
             check_complete(model, scales=self.pre_quantized)
             self._restore_shared_scales(model)
             check_loaded(model, self._floats)
@@ -252,8 +268,15 @@ class GpuPoorQuantizer(HfQuantizer):
 def attach(model: nn.Module, **options) -> None:
     """Make a model quantized in memory one that ``save_pretrained`` knows how to save.
 
+    The config is copied before it tells of int8: a float model may have the same one.
+
     ``options`` are those of :class:`GpuPoorConfig`.
     """
+    memo = {}  # one copy of each config, however many modules have it or a part of it
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                setattr(module, name, copy.deepcopy(value, memo))
     _attach(model, GpuPoorQuantizer(GpuPoorConfig(**options), pre_quantized=True))
 
 
@@ -283,12 +306,38 @@ def _attach_one(model: nn.Module, quantizer: GpuPoorQuantizer) -> None:
     # entry per expert would double the memory of a load, which has to merge them again.
     model._weight_conversions = []
     model.resize_token_embeddings = refuse_resize
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        module = next(m for m in model.modules() if isinstance(m, QuantizedModule))
+        model.add_module(FLOAT, EmptyFloat(module.dtype, module.weight.device))
+
+
+#: The name of an :class:`EmptyFloat` in a model.
+FLOAT = "gpu_poor_float"
+
+
+class EmptyFloat(nn.Module):
+    """A float parameter without elements, for models that have no other: OLMo's norms and linears.
+
+    ``model.dtype`` is that of the first float parameter. It is in no state_dict.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        empty = torch.empty(0, dtype=dtype, device=device)
+        self.empty = nn.Parameter(empty, requires_grad=False)
+
+    def _save_to_state_dict(self, *args):
+        pass
+
+    def _load_from_state_dict(self, *args):
+        pass
 
 
 def detach(model: nn.Module) -> None:
     """Undo :func:`attach` after the weights have become float again."""
     added = "hf_quantizer", "quantization_method", "_weight_conversions", "resize_token_embeddings"
     for inner in _models(model):
+        inner._modules.pop(FLOAT, None)
         inner.config.__dict__.pop("quantization_config", None)
         for name in added:
             inner.__dict__.pop(name, None)
@@ -315,11 +364,26 @@ def refuse_resize(*args, **kwargs):
     )
 
 
+#: The arguments of ``from_pretrained`` that say which files are meant.
+HUB = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
 def load(path: str | Path, **kwargs) -> nn.Module:
     """Load a folder (or hub repository) that was saved from a quantized model.
 
-    The same as ``AutoModelForCausalLM.from_pretrained(path)``, but it says so when the folder is
-    not quantized by gpu_poor instead of loading float weights.
+    The same as ``from_pretrained(path)`` of the class that was saved, but it says so when the
+    folder is not quantized by gpu_poor, instead of loading float weights, and when it lacks a
+    weight, instead of making one up.
 
     **Import gpu_poor before any** ``from_pretrained`` **of such a folder.** Without it transformers
     only warns ("Unknown quantization type, got gpu-poor") and loads the int8 values, unscaled, into
@@ -332,9 +396,10 @@ def load(path: str | Path, **kwargs) -> nn.Module:
     Raises:
         ValueError: not such a folder, or a damaged one.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path)
+    hub = {name: kwargs[name] for name in HUB if name in kwargs}
+    config = AutoConfig.from_pretrained(path, **hub)
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
     if method != METHOD:
@@ -342,8 +407,27 @@ def load(path: str | Path, **kwargs) -> nn.Module:
             f"{path} is not quantized by gpu_poor (quant_method {method!r}); load it with "
             "from_pretrained(path, quantization_config=GpuPoorConfig(bits=8)) to quantize it"
         )
-    causal = type(config) in AutoModelForCausalLM._model_mapping
+    both = kwargs | {"output_loading_info": True}
     try:
-        return (AutoModelForCausalLM if causal else AutoModel).from_pretrained(path, **kwargs)
+        model, info = saved_class(config).from_pretrained(path, **both)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or corrupted: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{path} has no {missing[0]}, which {type(model).__name__} needs: load it with "
+            "from_pretrained of the class that you mean"
+        )
+    return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def saved_class(config: PreTrainedConfig) -> type:
+    """The class of transformers that a config was saved from, else the Auto class that fits."""
+    import transformers
+
+    name = (getattr(config, "architectures", None) or [""])[0]
+    cls = getattr(transformers, name, None)
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        if isinstance(config, cls.config_class or ()):
+            return cls
+    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel

@@ -168,6 +168,16 @@ def check_files(model: nn.Module, header: dict, listed: Iterable[str]) -> None:
                     )
 
 
+def check_device_map(device_map) -> None:
+    """Raise ValueError if any module is to stay on the disk: nothing there can be int8."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    if out := {str(place) for place in places} & {"disk", "meta"}:
+        raise ValueError(
+            f"{METHOD}: the device_map leaves modules on {out.pop()!r}, but int8 weights have to "
+            'be in memory: give device_map="cpu", or none'
+        )
+
+
 def read_headers(files: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """``{tensor name: (dtype, shape)}`` of safetensors files, without reading their data."""
     header = {}

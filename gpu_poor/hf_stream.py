@@ -102,16 +102,22 @@ class Incoming:
 
 
 class Int8Quantize(ConversionOps):
-    """Float weight in, int8 weight and scale out, under transformers' names."""
+    """Float weights in, int8 weights and scales out, under transformers' names."""
 
     def __init__(self, incoming: Incoming):
         self.incoming = incoming
 
     def convert(self, input_dict, *args, full_layer_name=None, model=None, **kwargs):
-        ((_, value),) = input_dict.items()
-        if isinstance(value, list) and isinstance(value[0], Tensor):
-            value = value[0]
-        return self.incoming.quantize(model, full_layer_name, value)
+        output = {}
+        for name, value in input_dict.items():  # several where a fused projection was split
+            name = full_layer_name if len(input_dict) == 1 else name
+            if isinstance(value, list) and isinstance(value[0], Tensor):
+                value = value[0]
+            if is_quantized_weight(model, name):
+                output |= self.incoming.quantize(model, name, value)
+            else:
+                output[name] = value
+        return output
 
 
 class MergeLater(ConversionOps):

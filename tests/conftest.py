@@ -85,6 +85,11 @@ MODELS = {
         "GPTNeoXConfig",
         {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"},
     ),
+    "olmo": (  # not one float parameter remains
+        "OlmoForCausalLM",
+        "OlmoConfig",
+        _LLAMA | {"num_key_value_heads": 4},
+    ),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _LLAMA | {"head_dim": 32}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", _LLAMA),
     "falcon": (

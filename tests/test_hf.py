@@ -1,5 +1,6 @@
 """transformers: what is saved and loaded answers with the same bits, and says what is wrong."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -116,6 +117,56 @@ def test_load_is_plain_from_pretrained(tmp_path):
         gpu_poor.load(tmp_path / "float")
 
 
+_SMALL = {"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SEQ2SEQ = {"vocab_size": 200, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("LlamaForSequenceClassification", _SMALL | {"pad_token_id": 0}),
+        ("T5ForConditionalGeneration", {"vocab_size": 200, "d_model": 64, "d_ff": 96}),
+        ("BartForConditionalGeneration", _SEQ2SEQ),
+        ("LlamaModel", _SMALL),
+    ],
+)
+def test_load_takes_the_class_that_was_saved(name, config, tmp_path):
+    cls = getattr(transformers, name)
+    model = quantize(cls(cls.config_class(**config)).eval(), verbose=False, allow_partial=True)
+    model.save_pretrained(tmp_path / "repository" / "int8")
+    loaded = gpu_poor.load(tmp_path / "repository", subfolder="int8")
+    assert type(loaded) is cls
+    tensors = model.state_dict()
+    assert all(torch.equal(value, tensors[key]) for key, value in loaded.state_dict().items())
+
+
+def rename_class(folder, name):
+    """Say in its config that a folder was saved from another class."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | {"architectures": name and [name]}
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", ["Unknown", "nn", "AutoModel", None])
+def test_load_of_an_unknown_class_falls_back(name, tmp_path):
+    model, folder = saved(tmp_path, "llama")
+    rename_class(folder, name)
+    loaded, info = gpu_poor.load(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_load_makes_up_no_weight(tmp_path):
+    model, folder = saved(tmp_path, "llama")
+    rename_class(folder, "LlamaForSequenceClassification")
+    with pytest.raises(ValueError, match="has no module 'lm_head'"):
+        gpu_poor.load(folder)
+    model.model.save_pretrained(folder)
+    rename_class(folder, "LlamaForSequenceClassification")
+    with pytest.raises(ValueError, match=r"has no score\.weight"):
+        gpu_poor.load(folder)
+
+
 def test_a_fresh_process_needs_only_import_gpu_poor(tmp_path):
     model, folder = saved(tmp_path)
     torch.save(logits(model), tmp_path / "expected.pt")
@@ -214,6 +265,30 @@ def test_resize_token_embeddings_says_what_to_do():
         model.resize_token_embeddings(400)
     gpu_poor.dequantize(model).resize_token_embeddings(400)
     assert model.get_input_embeddings().weight.shape[0] == 400
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_without_float_parameters_has_a_dtype(dtype, tmp_path):
+    model = make_model("olmo").to(dtype)
+    names = [name for name, _ in model.named_parameters()]
+    for m in (quantize(model, verbose=False), copy.deepcopy(model)):
+        assert m.dtype == m.model.dtype == dtype
+        assert m.to(torch.float16).dtype == m.model.dtype == torch.float16
+    model.model.save_pretrained(tmp_path)
+    assert transformers.AutoModel.from_pretrained(tmp_path).dtype == torch.float16
+    gpu_poor.dequantize(model)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_a_config_may_be_shared_with_a_float_model(tmp_path):
+    model = make_model("llama")
+    sibling = type(model)(model.config)
+    quantize(model, verbose=False)
+    assert getattr(sibling.config, "quantization_config", None) is None
+    held = [m.config for m in model.modules() if hasattr(m, "config")]
+    assert len(held) > 4 and all(config is model.config for config in held)
+    sibling.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_class("llama").from_pretrained(tmp_path)), logits(sibling))
 
 
 # -- tied weights ------------------------------------------------------------------------------
@@ -328,6 +403,41 @@ def test_streaming_refuses_what_quantize_refuses(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / "b", quantization_config=GpuPoorConfig()
         )
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": GpuPoorConfig()}])
+def test_what_cannot_be_loaded_is_said_at_once(config, tmp_path):
+    _, folder = saved(tmp_path, "llama")
+    if config:
+        folder = tmp_path / "float"
+        make_model("llama").save_pretrained(folder)
+    places = {"model": "cpu", "lm_head": "disk"}
+    for options, message in (
+        ({"dtype": torch.float64}, "dtype must be one of float32, bfloat16, float16"),
+        ({"device_map": places}, "device_map leaves modules on 'disk'"),
+        ({"device_map": "meta"}, "device_map leaves modules on 'meta'"),
+    ):
+        if "device_map" in options:
+            pytest.importorskip("accelerate")
+        with pytest.raises(ValueError, match=message):
+            transformers.AutoModelForCausalLM.from_pretrained(
+                folder, offload_folder=tmp_path / "disk", **config, **options
+            )
+
+
+def test_streaming_splits_fused_projections(tmp_path):
+    """One tensor in the file, several in the model."""
+    if not hasattr(transformers, "HrmTextForCausalLM"):
+        pytest.skip("this transformers has no model whose files are so")
+    model = transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**_SMALL)).eval()
+    model.save_pretrained(tmp_path)
+    streamed = transformers.HrmTextForCausalLM.from_pretrained(
+        tmp_path, quantization_config=GpuPoorConfig(allow_partial=True)
+    )
+    quantize(model, verbose=False, allow_partial=True)
+    ids = tokens(1, 5) % 200
+    with torch.no_grad():
+        assert torch.equal(streamed(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
