@@ -98,7 +98,11 @@ def select(names: Iterable[str], patterns: list[str], what: str) -> set[str]:
     for pattern in patterns:
         roots = {name for name in names if name and fnmatchcase(name, pattern)}
         if not roots:
-            raise ValueError(f"{what}: the pattern {pattern!r} matches no module of the model")
+            wider = f"*.{pattern}"
+            hint = f"; {wider!r} does" if any(fnmatchcase(name, wider) for name in names) else ""
+            raise ValueError(
+                f"{what}: the pattern {pattern!r} matches no module of the model{hint}"
+            )
         chosen |= roots
     below = set(chosen)
     for name in names:
@@ -108,13 +112,20 @@ def select(names: Iterable[str], patterns: list[str], what: str) -> set[str]:
     return below
 
 
-def first_block(model: nn.Module) -> list[str]:
-    """The name of the first entry of the longest nn.ModuleList: the first decoder block."""
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+def first_block(model: nn.Module) -> str:
+    """The name of the first decoder block.
+
+    It is the first entry of the longest nn.ModuleList, of the decoder where there is one; lists
+    inside of a list, such as experts, are no lists of blocks.
+    """
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = {id(m) for m in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    lists = {n: m for n, m in lists.items() if id(m) in inside} or lists
     if not lists:
         raise ValueError('critical_layers="first": the model has no list of blocks')
-    name, _ = max(lists, key=lambda item: len(item[1]))
-    return [f"{name}.0"]
+    return max(lists, key=lambda name: len(lists[name])) + ".0"
 
 
 def make_plan(
@@ -129,7 +140,7 @@ def make_plan(
         modules.setdefault(id(module), (module, []))[1].append(name)
     names = [name for _, aliases in modules.values() for name in aliases]
     critical = as_patterns(critical_layers)
-    critical = first_block(model) if critical == ["first"] else critical
+    critical = [first_block(model) if p == "first" else p for p in critical]
     included = None if include is None else select(names, as_patterns(include), "include")
     if included is not None and not included:
         raise ValueError("include: an empty list leaves nothing to quantize; None takes everything")

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 
 import torch
@@ -83,7 +83,7 @@ def quantize(
     check_finite(target_free_parameters(model, plan))
     before, kept = memory.by_class(model), plan.kept_groups()
     quantized = quantize_weights(plan, progress)
-    with restoring(model, plan.targets):
+    with restoring(model):
         swap(model, plan.targets, quantized, activation)
         share_scales(model)
         if _is_transformers_model(model):
@@ -91,11 +91,13 @@ def quantize(
 
             options |= dict(bits=bits, activation=activation, allow_partial=allow_partial)
             hf.attach(model, **options)
+        receipt = make_receipt(model, before, kept)
     del plan, quantized  # the last reference to the float weights
-    memory.leave_files(model)
-    memory.trim()
-    seconds = time.perf_counter() - started
-    model.gpu_poor_receipt = make_receipt(model, before, kept, seconds)
+    with suppress(Exception):  # memory that is not given back is no reason to fail now
+        memory.leave_files(model)
+        memory.trim()
+    receipt.seconds = time.perf_counter() - started
+    model.gpu_poor_receipt = receipt
     if verbose:
         print(model.gpu_poor_receipt)
     return model
@@ -134,7 +136,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 def check_options(bits: int, activation: str) -> None:
     """Raise ValueError unless both are known."""
-    if bits != 8 or isinstance(bits, bool):
+    if type(bits) is not int or bits != 8:  # 8.0 and True would be saved as such
         raise ValueError(f"bits must be 8, got {bits!r}")
     if activation not in ops.ACTIVATIONS:
         modes = ", ".join(ops.ACTIVATIONS)
@@ -147,13 +149,19 @@ def check_quantizable(model: nn.Module) -> None:
         raise TypeError(f"quantize takes a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
-            raise ValueError(f"the model is already quantized by gpu_poor ({name or 'itself'})")
+            raise ValueError(
+                f"the model is already quantized by gpu_poor ({name or 'itself'}): load the float "
+                "original to quantize it in another way"
+            )
     method = getattr(model, "quantization_method", None)
     if getattr(model, "is_quantized", False) or method is not None:
         raise ValueError(f"the model is already quantized ({method or 'by another library'})")
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
-            raise ValueError(f"{name} is on the meta device: there is nothing to quantize")
+            raise ValueError(
+                f"{name} is on the meta device: there is nothing to quantize. If a device_map left "
+                'it on the disk, load the model with device_map="cpu"'
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.layout is not torch.strided:
             raise ValueError(f"{name} is sparse: quantize takes models of dense tensors")
@@ -254,17 +262,22 @@ def swap(model: nn.Module, targets: list[Target], quantized: Quantized, activati
 
 
 @contextmanager
-def restoring(model: nn.Module, targets: list[Target]) -> Iterator[None]:
-    """Put the float modules back if what is done meanwhile fails or is interrupted."""
+def restoring(model: nn.Module) -> Iterator[None]:
+    """Put the modules and attributes of a model back if what is done meanwhile fails."""
+    before = [(m, dict(vars(m)), m._modules, dict(m._modules)) for m in model.modules()]
     try:
         yield
     except BaseException:
-        for target in targets:
-            for name in target.names:
-                parent, _, child = name.rpartition(".")
-                # Not setattr, which may be what has failed.
-                model.get_submodule(parent)._modules[child] = target.module
+        for module, *saved in before:
+            # Not setattr, which may be what has failed.
+            _refill(vars(module), saved[0])
+            _refill(*saved[1:])
         raise
+
+
+def _refill(mapping: dict, before: dict) -> None:
+    mapping.clear()
+    mapping.update(before)
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

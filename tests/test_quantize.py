@@ -13,6 +13,7 @@ from torch import nn
 import gpu_poor
 from gpu_poor import memory, quantize
 from gpu_poor.nn import QuantizedLinear, QuantizedModule, kind_of
+from gpu_poor.plan import first_block, make_plan
 from gpu_poor.readers import read_by_owner, weight_reads
 
 NAN, INF = float("nan"), float("inf")
@@ -148,6 +149,24 @@ def test_patterns_choose_modules(options, expected):
     assert int8_names(model) == {n for n in every if expected(n)}
     kept = {n: m for n, m in model.named_modules() if n in every - int8_names(model)}
     assert all(m.weight.dtype == torch.float32 for m in kept.values())
+
+
+def test_first_is_the_first_block_of_the_decoder():
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 200, "d_model": 64, "encoder_layers": 3, "decoder_layers": 1}
+    bart = transformers.BartModel(transformers.BartConfig(**small))
+    experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(9)])
+    nested = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleList([experts]), nn.Linear(8, 8)])})
+    for model, first in ((bart, "decoder.layers.0"), (nested, "blocks.0")):
+        assert first_block(model) == first
+    plan = make_plan(make_model("llama"), critical_layers=["first", "lm_head"])
+    assert {n for n, (_, why) in plan.kept.items() if why == "critical layer"} > {"lm_head"}
+    assert not any(".layers.0." in target.name for target in plan.targets)
+
+
+def test_a_pattern_without_its_beginning_is_told_which_one_matches():
+    with pytest.raises(ValueError, match=r"'q_proj' matches no module of the model; '\*\.q_proj'"):
+        make_plan(make_model("llama"), exclude=["q_proj"])
 
 
 @pytest.mark.parametrize("option", ["include", "exclude", "critical_layers"])
@@ -346,7 +365,7 @@ def test_the_fast_path_of_torch_reads_weights():
 # -- refusals ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [4, 16, 0, None, "8", True, 8.5])
+@pytest.mark.parametrize("bits", [4, 16, 0, None, "8", True, 8.0, 8.5])
 def test_bits(bits):
     with pytest.raises(ValueError, match="bits must be 8"):
         quantize(mlp(), bits)
@@ -370,7 +389,9 @@ def test_a_bare_layer_cannot_be_replaced_in_place():
 def test_quantized_twice():
     model = quantize(make_model("llama"), verbose=False)
     expected = logits(model)
-    with pytest.raises(ValueError, match="already quantized by gpu_poor"):
+    with pytest.raises(
+        ValueError, match="already quantized by gpu_poor .* load the float original"
+    ):
         quantize(model)
     assert torch.equal(logits(model), expected)
 
@@ -493,6 +514,37 @@ def test_a_failing_attach_is_undone(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         quantize(model, verbose=False)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("step", ["gpu_poor.hf.describe", "gpu_poor.quantize.make_receipt"])
+@pytest.mark.parametrize("name", ["llama-tied", "olmo"])
+def test_a_failure_after_the_swap_is_undone(name, step, error, monkeypatch):
+    import gpu_poor.hf  # noqa: F401 - monkeypatch looks it up
+
+    model, calls = make_model(name), []
+    before, attributes = snapshot(model), {n: dict(vars(m)) for n, m in model.named_modules()}
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > 1 or "receipt" in step:  # the model inside is attached already
+            raise error
+
+    module, _, function = step.rpartition(".")
+    monkeypatch.setattr(sys.modules[module], function, fail)
+    with pytest.raises(error):
+        quantize(model, verbose=False)
+    assert_untouched(model, before)
+    assert {n: dict(vars(m)) for n, m in model.named_modules()} == attributes
+    assert getattr(model.config, "quantization_config", None) is None
+    monkeypatch.undo()
+    quantize(model, verbose=False)
+
+
+def test_memory_that_is_not_given_back_is_no_failure(monkeypatch):
+    monkeypatch.setattr(memory, "trim", lambda: 1 / 0)
+    model = quantize(mlp(), verbose=False)
+    assert int8_names(model) == {"0", "3"} and gpu_poor.receipt(model).seconds > 0
 
 
 @pytest.mark.parametrize("patterns", [{"lm_head"}, ("lm_head",), iter(["lm_head"]), "lm_head"])
