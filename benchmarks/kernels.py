@@ -1,8 +1,8 @@
 """How close each kernel is to what the machine can do. ``python -m benchmarks.kernels [--quick]``.
 
-Few tokens (M <= 16): weights rotate through more than 2 GB, and between any two measurements the
-read-only stream of machine.c passes over the same bytes; the figure is the % of the two streams
-around it. More than 102 % means the weights were in a cache: that run fails.
+Few tokens (M <= 16): weights of each format rotate through more than 2 GB, and between any two
+measurements the read-only stream of machine.c passes over the same bytes; the figure is the % of
+the two streams around it. More than 102 % means the weights were in a cache: that run fails.
 Many tokens (M = 512): TOPS, % of the register-only AMX peak, speed against torch's own matmuls, all
 interleaved. Every case is first compared with the reference kernel, then timed.
 Shapes are written N x K (out x in features). A sample includes the operator call and its output.
@@ -10,6 +10,7 @@ Shapes are written N x K (out x in features). A sample includes the operator cal
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Callable
 
@@ -17,12 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import machine, timing
-from gpu_poor import isa, ops
+from gpu_poor import formats, isa, ops
 
 SHAPES = ((4096, 4096), (5120, 1280), (1280, 5120), (50257, 1280))
 GEMM_SHAPES = ((4096, 4096), (5120, 1280))
 GEMM_M = 512
-MODES = {"a8": 8, "a16": 16, "a32": 32}
+MODES = ops.ACTIVATIONS
+INT4 = tuple(formats.find(name) for name in ("int4_g32", "int4_g128"))
 #: Above this the weights cannot have come from memory.
 STREAM_LIMIT = 1.02
 #: A case slower than this per sweep continues its rotation in the next sample.
@@ -30,73 +32,81 @@ SAMPLE_S = 0.25
 
 
 class Rotation:
-    """Matrices int8 [N, K] with scales, cut from one cold buffer and taken in turn."""
+    """Weights [N, K] in one format, cut from one cold buffer and taken in turn, with scales."""
 
-    def __init__(self, buffer: torch.Tensor, n: int, k: int):
-        count = buffer.numel() // (n * k)
-        self.weights = buffer[: count * n * k].view(count, n, k).unbind()
-        self.scales = (torch.rand(count, n) * 1e-3 + 1e-4).unbind()
-        self.turn = itertools.cycle(range(count))
-        self.count, self.bytes = count, n * k + 4 * n
+    def __init__(self, buffer: torch.Tensor, form: formats.Format, n: int, k: int):
+        (shape, dtype), (scale_shape, scale_dtype) = form.storage(n, k)
+        size = math.prod(shape)
+        self.form, self.shape = form, (n, k)
+        self.count = buffer.numel() // size
+        self.weights = buffer[: self.count * size].view(dtype).view(self.count, *shape).unbind()
+        scales = torch.empty(self.count, *scale_shape, dtype=scale_dtype)
+        self.scales = scales.uniform_(1e-4, 1e-3).unbind()
+        self.turn = itertools.cycle(range(self.count))
+        self.bytes = formats.stored_bytes(form, n, k)
 
-    def calls(self, function: Callable, n_calls: int) -> float:
-        """Seconds per call of ``function(weight, scale)`` over the next n matrices."""
-        pairs = [(self.weights[i], self.scales[i]) for i in itertools.islice(self.turn, n_calls)]
+    def linear(self, x: torch.Tensor, i: int, activation_bits: int) -> torch.Tensor:
+        n = self.shape[0]
+        return self.form.linear(x, self.weights[i], self.scales[i], None, n, activation_bits)
+
+    def seconds(self, x: torch.Tensor, activation_bits: int, n_calls: int) -> float:
+        """Of one linear, over the next weights."""
+        turns = list(itertools.islice(self.turn, n_calls))
 
         def sweep():
-            for weight, scale in pairs:
-                function(weight, scale)
+            for i in turns:
+                self.linear(x, i, activation_bits)
 
         return timing.once(sweep) / n_calls
 
 
-def verify(x, weight, scale, bits: int, cap: str) -> float:
+def verify(x: torch.Tensor, rotation: Rotation, bits: int, cap: str) -> float:
     """Compare an ISA with the reference; returns the relative error against float64.
 
-    Raises RuntimeError if the integer modes differ in a single bit, or a32 by more than rounding.
+    Raises RuntimeError if what must be the same bits is not, or a32 of int8 differs by more than
+    rounding.
     """
     with isa.cap("ref"):
-        expected = ops.int8_linear(x, weight, scale, None, bits)
+        expected = rotation.linear(x, 0, bits)
     with isa.cap(cap):
-        y = ops.int8_linear(x, weight, scale, None, bits)
-    exact = x.double() @ weight.double().T * scale.double()
+        y = rotation.linear(x, 0, bits)
+    form, (weight, scale) = rotation.form, (rotation.weights[0], rotation.scales[0])
+    exact = x.double() @ form.dequantize(weight, scale, rotation.shape, torch.float32).double().T
     same = torch.equal(y, expected) if bits != 32 else torch.allclose(
         y, expected, rtol=0, atol=1e-5 * float(exact.abs().max())
     )  # fmt: skip
     if not same:
-        raise RuntimeError(f"int8_linear {cap} a{bits} {tuple(weight.shape)} M={len(x)}: not ref")
+        raise RuntimeError(f"{form.name} {cap} a{bits} {rotation.shape} M={len(x)}: not ref")
     return float((y.double() - exact).norm() / exact.norm())
 
 
-def gemv(stream: machine.Stream, n: int, k: int, cases: list[tuple], rounds: int) -> list[dict]:
+def gemv(stream: machine.Stream, form: formats.Format, n: int, k: int, cases: list[tuple],
+         rounds: int) -> list[dict]:  # fmt: skip
     """Rows for few tokens on one shape; ``cases`` are (M, mode, ISA)."""
-    rotation = Rotation(stream.buffer, n, k)
+    rotation = Rotation(stream.buffer, form, n, k)
     rows, work = [], []
+    op = f"int{form.bits}_linear"
     for m, mode, cap in cases:
-        x = torch.randn(m, k)
-        error = verify(x, rotation.weights[0], rotation.scales[0], MODES[mode], cap)
-
-        def call(weight, scale, x=x, bits=MODES[mode]):
-            ops.int8_linear(x, weight, scale, None, bits)
-
+        x, bits = torch.randn(m, k), MODES[mode]
+        error = verify(x[:1], rotation, bits, cap)
         with isa.cap(cap):
-            kernel = isa.kernels()["int8_linear"]
-            per_call = rotation.calls(call, min(8, rotation.count))
+            kernel = isa.kernels()[op]
+            per_call = rotation.seconds(x, bits, min(8, rotation.count))
         n_calls = max(2, min(rotation.count, int(SAMPLE_S / per_call)))
-        work.append((cap, call, n_calls, [], [], []))
-        rows.append({"op": "int8_linear", "n": n, "k": k, "m": m, "mode": mode, "isa": cap,
-                     "kernel": kernel, "bytes": rotation.bytes,
+        work.append((cap, x, bits, n_calls, [], [], []))
+        rows.append({"op": op, "format": form.name, "n": n, "k": k, "m": m, "mode": mode,
+                     "isa": cap, "kernel": kernel, "bytes": rotation.bytes,
                      "relative_error": error})  # fmt: skip
     for _ in range(rounds):
         before = stream.gb_s()
-        for cap, call, n_calls, seconds, streams, shares in work:
+        for cap, x, bits, n_calls, seconds, streams, shares in work:
             with isa.cap(cap):
-                seconds.append(rotation.calls(call, n_calls))
+                seconds.append(rotation.seconds(x, bits, n_calls))
             after = stream.gb_s()
             streams.append((before + after) / 2)
             shares.append(rotation.bytes / seconds[-1] / 1e9 / streams[-1])
             before = after
-    for row, (_, _, _, seconds, streams, shares) in zip(rows, work, strict=True):
+    for row, (_, _, _, _, seconds, streams, shares) in zip(rows, work, strict=True):
         row |= {
             "seconds": timing.summary(seconds),
             "gb_s": rotation.bytes / timing.summary(seconds)["median"] / 1e9,
@@ -109,7 +119,7 @@ def gemv(stream: machine.Stream, n: int, k: int, cases: list[tuple], rounds: int
 def warm_rows(rows: list[dict]) -> list[str]:
     """The rows whose weights came faster than memory can give them: a broken measurement."""
     return [
-        f"{row['op']} {row['n']}x{row['k']} M={row['m']} {row['mode']} {row['isa']}: "
+        f"{row['format']} {row['n']}x{row['k']} M={row['m']} {row['mode']} {row['isa']}: "
         f"{row['of_stream']['median']:.1%} of the stream"
         for row in rows
         if "of_stream" in row and row["of_stream"]["median"] > STREAM_LIMIT
@@ -117,41 +127,40 @@ def warm_rows(rows: list[dict]) -> list[str]:
 
 
 def gemm_contenders(buffer: torch.Tensor, n: int, k: int, m: int) -> dict[str, Callable]:
-    """What multiplies [M, K] by [N, K]: gpu-poor's modes and ISAs, torch's float and int8 ops."""
-    rotation = Rotation(buffer[: 8 * n * k], n, k)
-    weights = list(zip(rotation.weights, rotation.scales, strict=True))
+    """What multiplies [M, K] by [N, K]: gpu-poor's formats, modes and ISAs, torch's own ops."""
     x = torch.randn(m, k)
-    verify_rows = x[:16]
     calls: dict[str, Callable] = {}
 
-    def ours(name: str, cap: str, bits: int, x: torch.Tensor) -> None:
-        turn = itertools.cycle(weights)
-
+    def ours(name: str, rotation: Rotation, cap: str, bits: int, x: torch.Tensor) -> None:
         def call():
-            weight, scale = next(turn)
             with isa.cap(cap):
-                ops.int8_linear(x, weight, scale, None, bits)
+                rotation.linear(x, next(rotation.turn), bits)
 
         calls[name] = call
 
-    for cap in [c for c in isa.available() if c not in ("torch", "ref")]:
-        for mode, bits in MODES.items():
-            verify(verify_rows, *weights[0], bits, cap)
-            # Results do not depend on how M is split, so a few rows vouch for the whole.
-            with isa.cap(cap):
-                whole = ops.int8_linear(x, *weights[0], None, bits)[:16]
-                part = ops.int8_linear(verify_rows, *weights[0], None, bits)
-            if bits != 32 and not torch.equal(whole, part):
-                raise RuntimeError(f"int8_linear {cap} {mode} {n}x{k}: M=512 differs from M=16")
-            ours(f"{mode} {cap}", cap, bits, x)
-        if cap == isa.available()[-1]:
+    caps = [c for c in isa.available() if c not in ("torch", "ref")]
+    for form in (formats.INT8, *INT4):
+        rotation = Rotation(buffer[: 8 * n * k], form, n, k)
+        label = "" if form is formats.INT8 else f"{form.name} "
+        for cap in caps if form is formats.INT8 else caps[-1:]:
+            for mode, bits in MODES.items():
+                verify(x[:16], rotation, bits, cap)
+                # Results do not depend on how M is split, so a few rows vouch for the whole.
+                with isa.cap(cap):
+                    whole, part = (rotation.linear(r, 0, bits)[:16] for r in (x, x[:16]))
+                if bits != 32 and not torch.equal(whole, part):
+                    raise RuntimeError(f"{form.name} {cap} {mode} {n}x{k}: M=512 is not M=16")
+                ours(f"{label}{mode} {cap}", rotation, cap, bits, x)
+        if form is formats.INT8:
             for mode in ("a8", "a16"):
-                ours(f"{mode} {cap} bf16 in and out", cap, MODES[mode], x.bfloat16())
+                name = f"{mode} {caps[-1]} bf16 in and out"
+                ours(name, rotation, caps[-1], MODES[mode], x.bfloat16())
     for dtype, name in ((torch.float32, "torch fp32"), (torch.bfloat16, "torch bf16")):
         turn, xt = itertools.cycle([torch.randn(n, k).to(dtype) for _ in range(4)]), x.to(dtype)
         calls[name] = lambda turn=turn, xt=xt: F.linear(xt, next(turn))
     x8 = torch.randint(-127, 128, (m, k), dtype=torch.int8)
-    turn8 = itertools.cycle([w.T for w, _ in weights])
+    plain = Rotation(buffer[: 8 * n * k], formats.INT8, n, k)
+    turn8 = itertools.cycle([weight.T for weight in plain.weights])
     calls["torch _int_mm (no scales)"] = lambda: torch._int_mm(x8, next(turn8))
     return calls
 
@@ -187,8 +196,8 @@ def others(buffer: torch.Tensor, rounds: int) -> list[dict]:
     n, k = 4096, 4096
     floats = [torch.randn(n, k) * 0.02 for _ in range(6)]
     halves = [f.bfloat16() for f in floats]
-    quantized = Rotation(buffer[: 16 * n * k], n, k)
-    table = Rotation(buffer[: 4 * 50257 * 1280], 50257, 1280)
+    quantized = Rotation(buffer[: 16 * n * k], formats.INT8, n, k)
+    table = Rotation(buffer[: 4 * 50257 * 1280], formats.INT8, 50257, 1280)
     tokens = torch.randint(0, 50257, (512,))
     tall = torch.randn(2048, 1280)
     gram = torch.zeros(1280, 1280)
@@ -247,10 +256,11 @@ def main(argv: list[str] | None = None) -> int:
               "stream_gb_s": max(loops.values()), "gemv": [], "gemm": [], "others": []}  # fmt: skip
     with torch.inference_mode():
         for n, k in SHAPES[:: 2 if args.quick else 1]:
-            for row in gemv(stream, n, k, gemv_cases(args.quick), rounds):
-                record["gemv"].append(row)
-                print("{n}x{k} M={m} {mode} {isa}: {gb_s:.1f} GB/s, ".format(**row)
-                      + f"{row['of_stream']['median']:.1%} of the stream")  # fmt: skip
+            for form in (formats.INT8, *INT4):
+                for row in gemv(stream, form, n, k, gemv_cases(args.quick), rounds):
+                    record["gemv"].append(row)
+                    print("{format} {n}x{k} M={m} {mode} {isa}: {gb_s:.1f} GB/s, ".format(**row)
+                          + f"{row['of_stream']['median']:.1%} of the stream")  # fmt: skip
         for n, k in GEMM_SHAPES[: 1 if args.quick else 2]:
             for row in gemm(stream.buffer, n, k, 3 * rounds, args.threads):
                 record["gemm"].append(row)

@@ -44,15 +44,21 @@ def kernels(record: dict | None) -> Iterator[Goal]:
         return
     best = record["isa"]
 
-    def gemv(text, limit, isa, m, modes):
-        rows = [r for r in record["gemv"] if r["isa"] == isa and r["m"] == m and r["mode"] in modes]
-        return at_least(text, rows, lambda r: r["of_stream"]["median"], limit, percent,
-                        lambda r: f"{r['n']}x{r['k']} {r['mode']}")  # fmt: skip
+    def gemv(what, limit, op, isa, m, modes):
+        rows = [r for r in record["gemv"] if (r["op"], r["isa"], r["m"]) == (op, isa, m)]
+        return at_least(
+            f"{op} {what}, of the read stream", [r for r in rows if r["mode"] in modes],
+            lambda r: r["of_stream"]["median"], limit, percent,
+            lambda r: f"{r['format']} {r['n']}x{r['k']} {r['mode']}")  # fmt: skip
 
-    yield from gemv("int8_linear M=1 a8, of the read stream", 0.92, best, 1, ("a8",))
-    yield from gemv("int8_linear M=1 a16, of the read stream", 0.90, best, 1, ("a16",))
-    yield from gemv("int8_linear M=1 on AVX2, of the read stream", 0.80, "avx2", 1, ("a8", "a16"))
-    yield from gemv("int8_linear M=16, of the read stream", 0.80, best, 16, ("a8", "a16"))
+    both = ("a8", "a16")
+    yield from gemv("M=1 a8", 0.92, "int8_linear", best, 1, ("a8",))
+    yield from gemv("M=1 a16", 0.90, "int8_linear", best, 1, ("a16",))
+    yield from gemv("M=1 on AVX2", 0.80, "int8_linear", "avx2", 1, both)
+    yield from gemv("M=16", 0.80, "int8_linear", best, 16, both)
+    yield from gemv("M=1 a8", 0.85, "int4_linear", "avx512_vnni", 1, ("a8",))
+    yield from gemv("M=1 a16", 0.80, "int4_linear", "avx512_vnni", 1, ("a16",))
+    yield from gemv("M=1 on AVX2", 0.60, "int4_linear", "avx2", 1, both)
 
     def gemm(text, limit, name, key, show=times):
         rows = [r for r in record["gemm"] if r["name"] == name and key in r]

@@ -184,13 +184,13 @@ def gemv(record: dict | None) -> str:
     if not record:
         return NOT_YET
     rows = [
-        [f"{r['n']}x{r['k']}", r["m"], r["mode"], r["isa"], f"{1e6 * r['seconds']['median']:.0f}",
-         f"{r['gb_s']:.1f}", f"{r['stream_gb_s']:.1f}", percent(r["of_stream"]["median"]),
-         f"{r['relative_error']:.1e}"]
+        [r["format"], f"{r['n']}x{r['k']}", r["m"], r["mode"], r["isa"],
+         f"{1e6 * r['seconds']['median']:.0f}", f"{r['gb_s']:.1f}", f"{r['stream_gb_s']:.1f}",
+         percent(r["of_stream"]["median"]), f"{r['relative_error']:.1e}"]
         for r in record["gemv"]
     ]  # fmt: skip
-    return table(["N x K", "M", "mode", "up to", "µs", "GB/s", "stream, GB/s", "of the stream",
-                  "relative error"], rows)  # fmt: skip
+    return table(["format", "N x K", "M", "mode", "up to", "µs", "GB/s", "stream, GB/s",
+                  "of the stream", "relative error"], rows)  # fmt: skip
 
 
 def gemm(record: dict | None) -> str:

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 from benchmarks import kernels, machine, memory, quality, report, report_goals, shapes, timing  # noqa: E402
 from benchmarks import report_tables as tables  # noqa: E402
 from benchmarks.peers import compete  # noqa: E402
+from gpu_poor import formats  # noqa: E402
 
 # -- timing ------------------------------------------------------------------------------------
 
@@ -70,8 +71,8 @@ def test_a_failing_peer_is_a_recorded_row():
 
 
 def row(share: float) -> dict:
-    return {"op": "int8_linear", "n": 64, "k": 32, "m": 1, "mode": "a8", "isa": "avx2",
-            "of_stream": timing.summary([share])}  # fmt: skip
+    return {"op": "int8_linear", "format": "int8", "n": 64, "k": 32, "m": 1, "mode": "a8",
+            "isa": "avx2", "of_stream": timing.summary([share])}  # fmt: skip
 
 
 def test_weights_faster_than_memory_fail():
@@ -80,12 +81,17 @@ def test_weights_faster_than_memory_fail():
     assert "64x32" in message and "103.0%" in message
 
 
-def test_rotation_visits_every_matrix_and_continues():
-    rotation = kernels.Rotation(torch.arange(60, dtype=torch.int8), 5, 4)
+@pytest.mark.parametrize("name, size", [("int8", 20 * 64), ("int4_g32", 2 * 2 * 256)])
+def test_rotation_visits_every_matrix_and_continues(name, size, monkeypatch):
+    buffer = torch.arange(3 * size + 7).to(torch.int8)
+    rotation = kernels.Rotation(buffer, formats.find(name), 20, 64)
     seen = []
-    rotation.calls(lambda weight, scale: seen.append(int(weight[0, 0])), 2)
-    rotation.calls(lambda weight, scale: seen.append(int(weight[0, 0])), 2)
-    assert seen == [0, 20, 40, 0]
+    monkeypatch.setattr(rotation, "linear", lambda x, i, bits: seen.append(i))
+    for _ in range(2):
+        rotation.seconds(None, 16, 2)
+    assert seen == [0, 1, 2, 0] and rotation.count == 3
+    starts = [weight.data_ptr() - buffer.data_ptr() for weight in rotation.weights]
+    assert starts == [0, size, 2 * size]
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="machine.c is compiled at run time")

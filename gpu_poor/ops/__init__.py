@@ -8,7 +8,13 @@ Letters: M rows (tokens), N out features, K in features, G group size, P panels 
 """
 
 from gpu_poor.ops.common import ACTIVATIONS, FLOATS, Q_MAX
-from gpu_poor.ops.int4 import int4_dequantize, int4_embedding, int4_linear, int4_quantize
+from gpu_poor.ops.int4 import (
+    int4_dequantize,
+    int4_embedding,
+    int4_linear,
+    int4_quantize,
+    int4_shapes,
+)
 from gpu_poor.ops.int8 import int8_dequantize, int8_embedding, int8_linear, int8_quantize
 from gpu_poor.ops.stats import channel_stats, gram_
 
@@ -22,6 +28,7 @@ __all__ = [
     "int4_embedding",
     "int4_linear",
     "int4_quantize",
+    "int4_shapes",
     "int8_dequantize",
     "int8_embedding",
     "int8_linear",

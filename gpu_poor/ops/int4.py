@@ -28,8 +28,8 @@ def _check_group(op: str, group: int) -> None:
     torch._check(group in GROUPS, lambda: f"{op}: group must be 32, 64, 96 or 128, got {group}")
 
 
-def _shapes(n: int, k: int, group: int, asymmetric: bool) -> tuple[tuple, tuple]:
-    """Of the stored weight and scale."""
+def int4_shapes(n: int, k: int, group: int, asymmetric: bool) -> tuple[tuple, tuple]:
+    """Of the stored weight and scale of a weight ``[n, k]``."""
     panels = -(-n // ROWS)
     return (panels, -(-k // BLOCK), PANEL_BLOCK), (panels, -(-k // group), 1 + asymmetric, ROWS)
 
@@ -37,7 +37,7 @@ def _shapes(n: int, k: int, group: int, asymmetric: bool) -> tuple[tuple, tuple]
 def _check_weight(op: str, weight: Tensor, scale: Tensor, group: int, n: int, k: int) -> None:
     _check_group(op, group)
     asymmetric = scale.dim() == 4 and scale.shape[2] == 2
-    shapes = _shapes(n, k, group, asymmetric)
+    shapes = int4_shapes(n, k, group, asymmetric)
     torch._check(
         n >= 0 and k >= 0 and weight.dtype == torch.uint8 and weight.shape == shapes[0],
         lambda: (
@@ -172,7 +172,7 @@ def _int4_quantize_torch(
 ) -> tuple[Tensor, Tensor]:
     _check_quantize(weight, group, importance)
     n, k = weight.shape
-    (panels, blocks, _), (_, groups, _, _) = _shapes(n, k, group, asymmetric)
+    (panels, blocks, _), (_, groups, _, _) = int4_shapes(n, k, group, asymmetric)
     x = F.pad(weight.float(), (0, groups * group - k)).view(n, groups, group)
     valid = F.pad(torch.ones(k, device=weight.device), (0, groups * group - k)).view(groups, group)
     h = valid if importance is None else F.pad(importance, (0, groups * group - k)).view_as(valid)
@@ -262,7 +262,7 @@ common.register({
 @torch.library.register_fake("gpu_poor::int4_quantize")
 def _(weight, group, asymmetric, search, importance):
     _check_quantize(weight, group, importance)
-    panels, scales = _shapes(*weight.shape, group, asymmetric)
+    panels, scales = int4_shapes(*weight.shape, group, asymmetric)
     return (
         weight.new_empty(panels, dtype=torch.uint8),
         weight.new_empty(scales, dtype=torch.float16),
