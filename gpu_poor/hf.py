@@ -32,6 +32,7 @@ from gpu_poor.hf_load import (
     check_files,
     check_loaded,
     float_parameters,
+    keep_int8,
     read_headers,
     saved_targets,
     swap_skeleton,
@@ -175,6 +176,7 @@ class GpuPoorQuantizer(HfQuantizer):
             self._before, self._kept = memory.by_class(model), plan.kept_groups()
         swap_skeleton(model, targets, config, torch.int8 if self.pre_quantized else None)
         if self.pre_quantized and checkpoint_files is not None:
+            keep_int8(model)
             check_files(model, header, listed)
         self._floats = float_parameters(model)
         return model

@@ -127,6 +127,22 @@ def swap_skeleton(
     share_scales(model)
 
 
+def keep_int8(model: nn.Module) -> None:
+    """Exempt int8 weights from what a model wants in float32, such as T5's ``wo``.
+
+    Early transformers casts by that list of name parts, whatever is in the file; later does not.
+    """
+    plan = getattr(model, "dtype_plan", None) or {}
+    names = (
+        f"{name}.{weight}$"  # it is taken as a regular expression
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
+        for weight in module.weight_names
+    )
+    if found := [name for name in names if any(part in name for part in plan)]:
+        model.dtype_plan = dict.fromkeys(found, torch.int8) | plan  # the first that matches
+
+
 def check_files(model: nn.Module, header: dict, listed: Iterable[str]) -> None:
     """Check that the files hold every int8 weight and scale of a skeleton, and no others.
 
