@@ -251,16 +251,16 @@ void check_group(const char *op, int64_t group)
                     op, ": group must be 32, 64, 96 or 128, got ", group);
 }
 
-/* Panels uint8 [P, B, 256] and scales float16 [P, groups, 1 or 2, 16] of a weight [N, K]. */
+/* Panels int8 [P, B, 256] and scales float16 [P, groups, 1 or 2, 16] of a weight [N, K]. */
 void check_int4_weight(const char *op, const Tensor &weight, const Tensor &scale, int64_t group,
                        int64_t N, int64_t K)
 {
     check_group(op, group);
     const int64_t blocks = (K + GP_INT4_BLOCK - 1) / GP_INT4_BLOCK;
-    STD_TORCH_CHECK(N >= 0 && K >= 0 && weight.scalar_type() == ScalarType::Byte &&
+    STD_TORCH_CHECK(N >= 0 && K >= 0 && weight.scalar_type() == ScalarType::Char &&
                         weight.dim() == 3 && weight.size(0) == panels_of(N) &&
                         weight.size(1) == blocks && weight.size(2) == GP_INT4_PANEL_BLOCK,
-                    op, ": weight must be uint8 [", panels_of(N), ", ", blocks, ", 256] for N = ", N,
+                    op, ": weight must be int8 [", panels_of(N), ", ", blocks, ", 256] for N = ", N,
                     ", K = ", K, ", got shape ", shape_of(weight));
     STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Half && scale.dim() == 4 &&
                         scale.size(0) == panels_of(N) &&
@@ -299,7 +299,7 @@ std::tuple<Tensor, Tensor> int4_quantize(const Tensor &weight, int64_t group, bo
     }
     Tensor w = dense(weight);
     const int64_t blocks = (K + GP_INT4_BLOCK - 1) / GP_INT4_BLOCK;
-    Tensor q = new_tensor({P, blocks, GP_INT4_PANEL_BLOCK}, ScalarType::Byte);
+    Tensor q = new_tensor({P, blocks, GP_INT4_PANEL_BLOCK}, ScalarType::Char);
     Tensor scale = new_tensor({P, (K + group - 1) / group, 1 + asymmetric, GP_INT4_ROWS},
                               ScalarType::Half);
     const char *in = static_cast<const char *>(w.data_ptr());

@@ -107,7 +107,7 @@ class Int4:
     def storage(self, *shape: int) -> tuple[Storage, Storage]:
         *leading, n, k = shape
         weight, scale = ops.int4_shapes(n, k, self.group, self.asymmetric)
-        return ((*leading, *weight), torch.uint8), ((*leading, *scale), torch.float16)
+        return ((*leading, *weight), torch.int8), ((*leading, *scale), torch.float16)
 
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         if rows.dim() == 2:

@@ -3,9 +3,10 @@
     w[n, k] = scale[n, k // G] * (q[n, k] - 8)                        symmetric
     w[n, k] = scale[n, k // G] * q[n, k] + min[n, k // G]             asymmetric
 
-stored as they are run (csrc/gpu_poor.h): ``weight`` uint8 ``[P, B, 256]``, panels of 16 rows by
-blocks of 32 columns, padded; ``scale`` float16 ``[P, groups, 1 or 2, 16]``, the scales and, if
-asymmetric, the minima. N and K are the caller's to remember.
+stored as they are run (csrc/gpu_poor.h): ``weight`` int8 ``[P, B, 256]``, panels of 16 rows by
+blocks of 32 columns, two to a byte, padded; ``scale`` float16 ``[P, groups, 1 or 2, 16]``, the scales and, if
+asymmetric, the minima. N and K are the caller's to remember. The bytes are called int8 and not
+uint8 because models ask for int8 before they cast activations to the dtype of a weight (T5).
 """
 
 import torch
@@ -39,9 +40,9 @@ def _check_weight(op: str, weight: Tensor, scale: Tensor, group: int, n: int, k:
     asymmetric = scale.dim() == 4 and scale.shape[2] == 2
     shapes = int4_shapes(n, k, group, asymmetric)
     torch._check(
-        n >= 0 and k >= 0 and weight.dtype == torch.uint8 and weight.shape == shapes[0],
+        n >= 0 and k >= 0 and weight.dtype == torch.int8 and weight.shape == shapes[0],
         lambda: (
-            f"{op}: weight must be uint8 {shapes[0]} for N = {n}, K = {k}, got {weight.dtype} "
+            f"{op}: weight must be int8 {shapes[0]} for N = {n}, K = {k}, got {weight.dtype} "
             f"{tuple(weight.shape)}"
         ),
     )
@@ -84,13 +85,14 @@ def _pack(q: Tensor) -> Tensor:
     rows, columns = q.shape
     halves = q.view(rows // ROWS, ROWS, columns // BLOCK, 2, 4, 4).permute(0, 2, 3, 4, 1, 5)
     low, high = halves.unbind(2)
-    return (low | high << 4).reshape(rows // ROWS, columns // BLOCK, PANEL_BLOCK)
+    panels = (low | high << 4).reshape(rows // ROWS, columns // BLOCK, PANEL_BLOCK)
+    return panels.view(torch.int8)
 
 
 def _unpack(weight: Tensor) -> Tensor:
     """The inverse of :func:`_pack`."""
     panels, blocks, _ = weight.shape
-    lines = weight.view(panels, blocks, 4, ROWS, 4)
+    lines = weight.contiguous().view(torch.uint8).view(panels, blocks, 4, ROWS, 4)
     halves = torch.stack((lines & 15, lines >> 4), 2)
     return halves.permute(0, 4, 1, 2, 3, 5).reshape(panels * ROWS, blocks * BLOCK)
 
@@ -264,7 +266,7 @@ def _(weight, group, asymmetric, search, importance):
     _check_quantize(weight, group, importance)
     panels, scales = int4_shapes(*weight.shape, group, asymmetric)
     return (
-        weight.new_empty(panels, dtype=torch.uint8),
+        weight.new_empty(panels, dtype=torch.int8),
         weight.new_empty(scales, dtype=torch.float16),
     )
 
@@ -316,7 +318,7 @@ def int4_quantize(
         importance: float32 ``[K]``, the weights of the squared errors; None: all the same.
 
     Returns:
-        uint8 and float16 as at the head of this file. A group with a NaN, an infinity or a value
+        int8 and float16 as at the head of this file. A group with a NaN, an infinity or a value
         that no float16 scale reaches has scale NaN, which callers turn into an error.
     """
     if isa.uses_torch():

@@ -16,7 +16,7 @@ NS = (1, 15, 16, 17, 33, 64, 100, 150)
 
 def unpacked(weight, scale, group, n, k):
     """q, scale and minimum of each weight ``[n, k]``, by the layout in csrc/gpu_poor.h."""
-    w, s = weight.numpy(), scale.float().numpy().astype(np.float64)
+    w, s = weight.view(torch.uint8).numpy(), scale.float().numpy().astype(np.float64)
     row, column = np.ix_(np.arange(n), np.arange(k))
     i = column % 32
     byte = w[row // 16, column // 32, i % 16 // 4 * 64 + row % 16 * 4 + i % 4].astype(int)
@@ -39,7 +39,7 @@ def random_weight(n, k, group, asymmetric, seed=0):
     panels, blocks, groups = -(-n // 16), -(-k // 32), -(-k // group)
     weight = rng.integers(0, 256, (panels, blocks, 256), dtype=np.uint8)
     scale = rng.standard_normal((panels, groups, 1 + asymmetric, 16)) / 100
-    return torch.from_numpy(weight), torch.from_numpy(scale).half()
+    return torch.from_numpy(weight).view(torch.int8), torch.from_numpy(scale).half()
 
 
 def case(m, n, k, group, asymmetric, seed=0):
@@ -238,7 +238,7 @@ def test_int4_linear_does_not_depend_on_threads_or_the_split_of_tokens(isa, bits
 def test_int4_linear_extremes_do_not_overflow(isa, group, bits):
     """Largest nibbles times largest activations, which are where int16 and int32 come closest."""
     k = 2 * group
-    weight = torch.full((1, k // 32, 256), 255, dtype=torch.uint8)
+    weight = torch.full((1, k // 32, 256), -1, dtype=torch.int8)  # every nibble 15
     for asymmetric in (False, True):
         scale = torch.full((1, 2, 1 + asymmetric, 16), 0.5, dtype=torch.float16)
         for sign in (1, -1):
@@ -273,7 +273,7 @@ def test_int4_linear_shapes_and_strides(isa):
     assert_equal(ops.int4_linear(x[:, :0], *none, bias, 32, 10), bias.expand(24, 10))
     nobody = ops.int4_quantize(torch.zeros(0, 40), 32)
     assert ops.int4_linear(x, *nobody, None, 32, 0).shape == (24, 0)
-    buffer = torch.empty(weight.numel() + 1, dtype=torch.uint8)[1:].view(weight.shape)
+    buffer = torch.empty(weight.numel() + 1, dtype=torch.int8)[1:].view(weight.shape)
     moved = buffer.copy_(weight)  # at an odd address
     assert_within(ops.int4_linear(x, moved, scale, bias, 32, 10), flat, tolerance)
 
@@ -293,7 +293,7 @@ BAD_CALLS = {
         lambda: ops.int4_quantize(X, 32, importance=torch.ones(40).half()),
         "importance must be",
     ),
-    "int8 weight": (lambda: ops.int4_linear(X, W.to(torch.int8), S, None, 32, 20), "uint8"),
+    "uint8 weight": (lambda: ops.int4_linear(X, W.view(torch.uint8), S, None, 32, 20), "int8"),
     "too few panels": (lambda: ops.int4_linear(X, W[:1], S, None, 32, 20), "weight must be"),
     "another K": (lambda: ops.int4_linear(X[:, :32], W, S, None, 32, 20), "weight must be"),
     "another group": (lambda: ops.int4_linear(X, W, S, None, 64, 20), "scale must be"),
