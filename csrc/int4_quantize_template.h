@@ -91,7 +91,8 @@ INLINE int4_fit NAME(fit_asymmetric)(const int4_group *g, float min, float inver
 INLINE int4_fit NAME(search_symmetric)(const int4_group *g, float extreme)
 {
     enum { STEPS = 33 };
-    float best = -1, scale = 0, fitted;
+    /* Values that overflow the sums leave this scale, too large for a half: no zeros instead. */
+    float best = -1, scale = extreme / -8, fitted;
     for (int side = -1; side <= 1; side += 2) {
         for (int i = 0; i < STEPS; i++) {
             float at = (float)side * (5.0f + 0.125f * (float)i);
@@ -110,8 +111,8 @@ INLINE int4_fit NAME(search_symmetric)(const int4_group *g, float extreme)
 INLINE int4_fit NAME(search_asymmetric)(const int4_group *g, float low, float high)
 {
     enum { WIDTHS = 11, SHIFTS = 5 };
-    int4_fit best = {0, 0, INFINITY};
     const float range = high - low;
+    int4_fit best = {range / 15, low, INFINITY};
     for (int i = 0; i < WIDTHS; i++) {
         for (int j = 0; j < SHIFTS && (i || !j); j++) {
             /* from the whole range down to 60 % of it, placed at either end and between */

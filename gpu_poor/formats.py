@@ -22,6 +22,8 @@ class Format(Protocol):
     name: str
     #: Of a weight, without what belongs to its groups.
     bits: int
+    #: Whether a scale may be negative: the grid of 16 values has one more on one side.
+    signed: bool
 
     def storage(self, *shape: int) -> tuple[Storage, Storage]:
         """Shape and dtype of the stored weight and of its scale, for a weight ``[..., N, K]``."""
@@ -73,6 +75,7 @@ class Int8:
 
     name: str = "int8"
     bits: int = 8
+    signed: bool = False
 
     def storage(self, *shape: int) -> tuple[Storage, Storage]:
         return (tuple(shape), torch.int8), (tuple(shape[:-1]), torch.float32)
@@ -103,6 +106,7 @@ class Int4:
     group: int
     asymmetric: bool
     bits: int = 4
+    signed: bool = True
 
     def storage(self, *shape: int) -> tuple[Storage, Storage]:
         *leading, n, k = shape
@@ -133,6 +137,11 @@ for _group in (32, 64, 128):
     register(Int4(f"int4_g{_group}", _group, asymmetric=False))
     register(Int4(f"int4_g{_group}_asym", _group, asymmetric=True))
 
-#: What ``quantize(model, bits=...)`` takes for a matrix, and for an embedding or lm_head, where
-#: four bits cost more quality than anywhere else.
+#: ``{bits: (format of a matrix, format where few bits cost most)}``; the latter is the head, whose
+#: four bits made the KL divergence a quarter to four times larger (docs/kernels.md).
 DEFAULTS = {8: ("int8", "int8"), 4: ("int4_g64_asym", "int8")}
+
+
+def default(bits: int, sensitive: bool) -> Format:
+    """What ``bits`` stands for."""
+    return FORMATS[DEFAULTS[bits][sensitive]]

@@ -1,14 +1,16 @@
 """The quantizer "gpu-poor" for transformers: saving, loading, quantizing while loading.
 
-A quantized model is saved as ordinary safetensors with the int8 weights and float32 scales under
+A quantized model is saved as ordinary safetensors with the weights and scales of its formats under
 their module's names, and in config.json
 
     "quantization_config": {"quant_method": "gpu-poor", "version": 1, "bits": 8,
-                            "activation": "a16", "modules": {name: kind}, "ties": {name: owner}}
+                            "activation": "a16", "modules": {name: kind},
+                            "formats": {name: format}, "ties": {name: owner}}
 
-``modules`` says exactly what is int8; nothing is worked out by rule on load. Names and kinds are
-only ever looked up in the model and in :data:`gpu_poor.nn.KINDS`: nothing in a config is imported
-or executed. Before a weight is loaded the headers of the files are checked against that list.
+``modules`` says exactly what is quantized, and ``formats`` to what if not to int8; nothing is
+worked out by rule on load. Names, kinds and formats are only ever looked up, in the model, in
+:data:`gpu_poor.nn.KINDS` and :data:`gpu_poor.formats.FORMATS`: nothing in a config is imported or
+executed. Before a weight is loaded the headers of the files are checked against that list.
 """
 
 import copy
@@ -23,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gpu_poor import memory, ops
+from gpu_poor.formats import FORMATS
 from gpu_poor.hf_load import (
     METHOD,
     add_missing_ties,
@@ -38,9 +41,17 @@ from gpu_poor.hf_load import (
     swap_skeleton,
     tie_skeleton,
 )
-from gpu_poor.hf_stream import Incoming, Int8Quantize, is_quantized_weight, merge_later
+from gpu_poor.hf_stream import Incoming, Quantize, is_quantized_weight, merge_later
 from gpu_poor.nn import KINDS, QuantizedModule
-from gpu_poor.plan import Patterns, check_reduction, kinds_of, make_plan, ties_of
+from gpu_poor.plan import (
+    Overrides,
+    Patterns,
+    check_reduction,
+    formats_of,
+    kinds_of,
+    make_plan,
+    ties_of,
+)
 from gpu_poor.quantize import check_options, dequantize
 from gpu_poor.receipt import make_receipt
 
@@ -56,10 +67,11 @@ class GpuPoorConfig(QuantizationConfigMixin):
     ``gpu_poor.receipt(model)``.
 
     Args:
-        bits, activation, include, exclude, critical_layers, allow_partial: as of
+        bits, overrides, activation, include, exclude, critical_layers, allow_partial: as of
             :func:`gpu_poor.quantize`.
-        modules: ``{module name: kind}``, the int8 modules of a saved model; None before.
-        ties: ``{module name: owner}``, modules whose int8 weight is another one's.
+        modules: ``{module name: kind}``, the quantized modules of a saved model; None before.
+        formats: ``{module name: format}`` of those that are not int8.
+        ties: ``{module name: owner}``, modules whose weight is another one's.
         activations: ``{module name: mode}`` of the modules whose mode is not ``activation``.
         version: of the saved form.
 
@@ -70,12 +82,14 @@ class GpuPoorConfig(QuantizationConfigMixin):
     def __init__(
         self,
         bits: int = 8,
+        overrides: Overrides = None,
         activation: str = "a16",
         include: Patterns = None,
         exclude: Patterns = None,
         critical_layers: Patterns = None,
         allow_partial: bool = False,
         modules: dict[str, str] | None = None,
+        formats: dict[str, str] | None = None,
         ties: dict[str, str] | None = None,
         activations: dict[str, str] | None = None,
         version: int = VERSION,
@@ -91,20 +105,25 @@ class GpuPoorConfig(QuantizationConfigMixin):
                 f"{METHOD} config: version {version!r} is unknown, this gpu_poor reads {VERSION}; "
                 "a newer gpu_poor may have saved the model"
             )
-        check_options(bits, activation)
+        check_options(bits, activation, overrides)
         self.quant_method = METHOD
         self.version = version
         self.bits = bits
+        self.overrides = None if overrides is None else dict(overrides)
         self.activation = activation
         self.include = _patterns("include", include)
         self.exclude = _patterns("exclude", exclude)
         self.critical_layers = _patterns("critical_layers", critical_layers)
         self.allow_partial = bool(allow_partial)
         self.modules = _names("modules", modules, KINDS)
+        self.formats = _names("formats", formats, FORMATS)
         self.ties = _names("ties", ties, None)
         self.activations = _names("activations", activations, ops.ACTIVATIONS)
-        if (stray := set(self.ties or {}) | set(self.activations or {})) - set(self.modules or {}):
-            raise ValueError(f"{METHOD} config: ties or activations of no module: {sorted(stray)}")
+        named = (self.formats, self.ties, self.activations)
+        if stray := {name for each in named for name in each or ()} - set(self.modules or {}):
+            raise ValueError(
+                f"{METHOD} config: formats, ties or activations of no module: {sorted(stray)}"
+            )
 
 
 def _patterns(key: str, value: Patterns) -> Patterns:
@@ -169,7 +188,14 @@ class GpuPoorQuantizer(HfQuantizer):
         if self.pre_quantized:
             targets = saved_targets(model, config)
         else:
-            plan = make_plan(model, config.include, config.exclude, config.critical_layers)
+            plan = make_plan(
+                model,
+                config.include,
+                config.exclude,
+                config.critical_layers,
+                config.bits,
+                config.overrides,
+            )
             if not config.allow_partial or not plan.targets:
                 check_reduction(model, plan)
             targets = plan.targets
@@ -183,13 +209,13 @@ class GpuPoorQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        return 1.0  # bytes, for device maps
+        return self.quantization_config.bits / 8  # bytes, for device maps
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         return not self.pre_quantized and is_quantized_weight(model, param_name)
 
     def get_quantize_ops(self):
-        return Int8Quantize(self._incoming)
+        return Quantize(self._incoming)
 
     def update_weight_conversions(self, weight_conversions, *args):
         if not self.pre_quantized:
@@ -349,6 +375,7 @@ def detach(model: nn.Module) -> None:
 def describe(model: nn.Module, config: GpuPoorConfig) -> None:
     """Write what is quantized in a model, and how, into its config."""
     config.modules = kinds_of(model)
+    config.formats = formats_of(model) or None
     config.ties = ties_of(model)
     modes = {name: model.get_submodule(name).activation for name in config.modules}
     config.activations = {
@@ -361,8 +388,8 @@ def describe(model: nn.Module, config: GpuPoorConfig) -> None:
 def refuse_resize(*args, **kwargs):
     """Stands in for ``resize_token_embeddings`` of a quantized model."""
     raise ValueError(
-        "the token embeddings are int8 and cannot be resized: resize them before quantizing, or "
-        "call gpu_poor.dequantize(model), resize, and quantize again"
+        "the token embeddings are quantized and cannot be resized: resize them before quantizing, "
+        "or call gpu_poor.dequantize(model), resize, and quantize again"
     )
 
 
@@ -388,8 +415,8 @@ def load(path: str | Path, **kwargs) -> nn.Module:
     weight, instead of making one up.
 
     **Import gpu_poor before any** ``from_pretrained`` **of such a folder.** Without it transformers
-    only warns ("Unknown quantization type, got gpu-poor") and loads the int8 values, unscaled, into
-    float layers: the model answers nonsense. It has no hook by which the folder could refuse.
+    only warns ("Unknown quantization type, got gpu-poor") and loads the quantized values, unscaled,
+    into float layers: the model answers nonsense. It has no hook by which the folder could refuse.
 
     Args:
         path: what ``from_pretrained`` takes.

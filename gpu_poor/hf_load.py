@@ -10,11 +10,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from gpu_poor import formats
 from gpu_poor.nn import KINDS, QuantizedModule, kind_of
+from gpu_poor.nn.base import empty
 from gpu_poor.plan import Target, share_scales, ties_of
 from gpu_poor.quantize import check_finite, swap
 
 METHOD = "gpu-poor"
+
+#: What safetensors calls the dtypes that a format stores.
+FILE_DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
 
 
 def saved_targets(model: nn.Module, config) -> list[Target]:
@@ -38,12 +43,13 @@ def saved_targets(model: nn.Module, config) -> list[Target]:
                 f"{METHOD} config: {name} was saved as {kind}, the model has a "
                 f"{type(module).__name__} there, which is none"
             )
-        targets[id(module)] = Target(aliases[id(module)], module, KINDS[kind])
+        form = formats.find((config.formats or {}).get(name, formats.INT8.name))
+        targets[id(module)] = Target(aliases[id(module)], module, KINDS[kind], form)
     return list(targets.values())
 
 
 def add_missing_ties(model: nn.Module, config, header: dict) -> None:
-    """List the modules that this model, but not the saved one, ties to an int8 module.
+    """List the modules that this model, but not the saved one, ties to a quantized module.
 
     A base model saved on its own lists no lm_head, and transformers ties one to it all the same.
 
@@ -64,9 +70,12 @@ def add_missing_ties(model: nn.Module, config, header: dict) -> None:
             continue
         kind = kind_of(model.get_submodule(module)) if module != name else None
         if kind is None:
-            raise ValueError(f"{METHOD} config: {name} is tied to the int8 {source}, of no kind")
+            raise ValueError(f"{METHOD} config: {name}, of no kind, is tied to {source}")
         config.modules[module] = kind.kind
         config.ties = (config.ties or {}) | {module: owner}
+        for candidate in candidates(model, owner):
+            if candidate in (config.formats or {}):
+                config.formats[module] = config.formats[candidate]
 
 
 def candidates(model: nn.Module, name: str) -> tuple[str, ...]:
@@ -113,14 +122,14 @@ def swap_skeleton(
         dtype: of their weights until the real ones come; None keeps the float one. Before 5.6 or
             so transformers casts what it reads to this, also what it will have quantized.
     """
-    empty = {}
+    stored = {}
     for target in targets:
         for name, weight in target.weights().items():
-            rows = target.kind.to_rows(target.module, name, weight)
-            q = torch.empty(rows.shape, dtype=dtype or weight.dtype, device=weight.device)
-            scale = torch.empty(rows.shape[:-1], dtype=torch.float32, device=weight.device)
-            empty.setdefault(id(weight), (nn.Parameter(q, requires_grad=False), scale))
-    swap(model, targets, empty, config.activation)
+            shape = target.rows()[name].shape
+            nothing = empty(target.form, shape, weight.device, dtype or weight.dtype)
+            parameter = nn.Parameter(nothing.weight, requires_grad=False)
+            stored.setdefault(id(weight), nothing._replace(weight=parameter))
+    swap(model, targets, stored, config.activation)
     for name, mode in (config.activations or {}).items():
         if (module := find(model, name)) is not None:
             module.activation = mode
@@ -171,10 +180,11 @@ def check_files(model: nn.Module, header: dict, listed: Iterable[str]) -> None:
         if not isinstance(module, QuantizedModule) or module_name in tied:
             continue
         for name in module.weight_names:
-            for key, dtype in ((name, "I8"), (f"{name}_scale", "F32")):
+            storage = module.formats[name].storage(*module.shapes[name])
+            for key, (shape, dtype) in zip((name, f"{name}_scale"), storage, strict=True):
                 full = f"{module_name}.{key}"
                 found = next((header[c] for c in candidates(model, full) if c in header), None)
-                expected = (dtype, tuple(getattr(module, key).shape))
+                expected = FILE_DTYPES[dtype], shape
                 if found is None:
                     raise ValueError(f"{full} is missing from the checkpoint")
                 if found != expected:
@@ -260,11 +270,17 @@ def check_loaded(model: nn.Module, floats: set[str]) -> None:
             continue
         for name in module.weight_names:
             weight, scale = getattr(module, name), getattr(module, f"{name}_scale")
-            full = f"{module_name}.{name}"
-            if weight.dtype != torch.int8 or weight.device.type == "meta":
-                raise ValueError(f"{full} is {weight.dtype} on {weight.device}, expected int8")
-            if scale.dtype != torch.float32 or scale.shape != weight.shape[:-1]:
+            full, form = f"{module_name}.{name}", module.formats[name]
+            (shape, dtype), (scale_shape, scale_dtype) = form.storage(*module.shapes[name])
+            if (weight.dtype, weight.shape) != (dtype, shape) or weight.device.type == "meta":
+                raise ValueError(
+                    f"{full} is {weight.dtype} {tuple(weight.shape)} on {weight.device}, expected "
+                    f"{dtype} {shape}"
+                )
+            if (scale.dtype, scale.shape) != (scale_dtype, scale_shape):
                 raise ValueError(f"{full}_scale is {scale.dtype} {tuple(scale.shape)}")
-            if not bool((scale >= 0).all()) or not bool(torch.isfinite(scale).all()):
-                raise ValueError(f"{full}_scale holds a negative number, a NaN or an infinity")
+            if not form.signed and not bool((scale >= 0).all()):
+                raise ValueError(f"{full}_scale holds a negative number or a NaN")
+            if not bool(torch.isfinite(scale).all()):
+                raise ValueError(f"{full}_scale holds a NaN or an infinity")
     check_finite((n, p.detach()) for n, p in model.named_parameters() if p.device.type != "meta")

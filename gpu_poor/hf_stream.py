@@ -5,6 +5,7 @@ memory, next to the int8 ones so far. Experts come one by one from the files: tr
 merge a layer's into one tensor, three times over; :func:`merge_later` has them quantized apart.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist
 
 from gpu_poor import memory
+from gpu_poor.formats import Format
 from gpu_poor.nn import QuantizedModule
-from gpu_poor.nn.base import quantize_rows
+from gpu_poor.nn.base import Stored, empty, quantize_rows
 from gpu_poor.quantize import not_finite
 
 #: Give freed memory back each time this many bytes of float weights have been quantized.
@@ -42,7 +44,7 @@ class Incoming:
 
     @torch.no_grad()
     def quantize(self, model: nn.Module, full_name: str, value: Tensor | list) -> dict:
-        """``{name: int8 Parameter, name_scale: float32}`` of one weight.
+        """``{name: Parameter, name_scale: buffer}`` of one weight.
 
         Args:
             value: the float weight, or the pieces of fused experts: a list per projection of a
@@ -50,37 +52,37 @@ class Incoming:
         """
         module_name, _, name = full_name.rpartition(".")
         module = model.get_submodule(module_name)
-        expected = getattr(module, name)
+        form, shape = module.formats[name], module.shapes[name]
         if isinstance(value, list):
-            q, scale = self._pieces(full_name, value, expected.shape)
+            stored = self._pieces(full_name, value, form, shape)
         else:
-            q, scale = self._whole(full_name, module.to_rows(module, name, value), expected.shape)
+            stored = self._whole(full_name, module.to_rows(module, name, value), form, shape)
             memory.drop_file_pages(value)
         if name == "weight":  # the only name that is ever tied
-            self.scales[module_name] = scale
-        self.bytes_since_trim += 4 * q.numel()
+            self.scales[module_name] = stored.scale
+        self.bytes_since_trim += 4 * math.prod(shape)
         if self.bytes_since_trim > TRIM_BYTES:
             self.bytes_since_trim = 0
             memory.trim()
-        return {full_name: nn.Parameter(q, requires_grad=False), f"{full_name}_scale": scale}
+        parameter = nn.Parameter(stored.weight, requires_grad=False)
+        return {full_name: parameter, f"{full_name}_scale": stored.scale}
 
-    def _whole(self, name: str, rows: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        if rows.shape != shape:
+    def _whole(self, name: str, rows: Tensor, form: Format, shape: tuple[int, ...]) -> Stored:
+        if tuple(rows.shape) != tuple(shape):
             self.errors.append(
                 ValueError(
                     f"{name} has shape {tuple(rows.shape)} in the checkpoint, expected "
-                    f"{tuple(shape)} (as rows of the int8 weight)"
+                    f"{tuple(shape)} (as rows of the quantized weight)"
                 )
             )
-            return torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[:-1])
-        q, scale = quantize_rows(rows)
-        if not bool(torch.isfinite(scale).all()):
+            return _zeros(form, shape)
+        stored = quantize_rows(rows, form)
+        if not bool(torch.isfinite(stored.scale).all()):
             self.errors.append(not_finite(name))
-        return q, scale
+        return stored
 
-    def _pieces(self, name: str, value: list, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        q, scale = torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1])
-        experts, rows, columns = shape
+    def _pieces(self, name: str, value: list, form: Format, shape: tuple[int, ...]) -> Stored:
+        experts = shape[0]
         if {len(projection) for projection in value} != {experts}:
             self.errors.append(
                 ValueError(
@@ -88,21 +90,29 @@ class Incoming:
                     f"has {experts}"
                 )
             )
-            return q.zero_(), scale.zero_()
-        n = rows // len(value)
-        for i, projection in enumerate(value):
-            for expert in range(experts):
-                # Let go of each piece once it is int8.
-                piece, projection[expert] = projection[expert], None
-                at = expert, slice(i * n, (i + 1) * n)
-                full = f"{name}[{expert}]"
-                q[at], scale[at] = self._whole(full, piece, torch.Size((n, columns)))
+            return _zeros(form, shape)
+        stored = _zeros(form, shape)
+        for expert in range(experts):
+            pieces = [projection[expert] for projection in value]
+            for projection in value:  # let go of each once it is quantized
+                projection[expert] = None
+            rows = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            one = self._whole(f"{name}[{expert}]", rows, form, shape[1:])
+            stored.weight[expert], stored.scale[expert] = one.weight, one.scale
+            for piece in pieces:
                 memory.drop_file_pages(piece)
-        return q, scale
+        return stored
 
 
-class Int8Quantize(ConversionOps):
-    """Float weights in, int8 weights and scales out, under transformers' names."""
+def _zeros(form: Format, shape: tuple[int, ...]) -> Stored:
+    stored = empty(form, shape, "cpu")
+    stored.weight.zero_()
+    stored.scale.zero_()
+    return stored
+
+
+class Quantize(ConversionOps):
+    """Float weights in, quantized ones and scales out, under transformers' names."""
 
     def __init__(self, incoming: Incoming):
         self.incoming = incoming

@@ -5,6 +5,7 @@ anonymous ones (RssAnon), so a figure of memory names which of the two it means.
 """
 
 import ctypes
+import math
 import mmap
 import sys
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ def parameter_bytes(model: nn.Module) -> int:
 def by_class(model: nn.Module, as_float: torch.dtype | None = None) -> dict[str, int]:
     """:func:`parameter_bytes` split over :data:`CLASSES`.
 
-    With ``as_float`` the sizes that the model would have if its int8 weights were of that dtype.
+    With ``as_float`` the sizes that the model would have if its quantized weights were of that
+    dtype.
 
     "linear", "embedding" and "experts" are the weights and scales of quantized modules, or of the
     float modules that could be; "shared lm_head" is an embedding's memory that a linear uses too;
@@ -77,7 +79,8 @@ def by_class(model: nn.Module, as_float: torch.dtype | None = None) -> dict[str,
         elif kind in users and identity(module.weight) in shared:
             kind = "shared lm_head"
         if as_float is not None and isinstance(module, QuantizedModule) and kind != "other":
-            total[kind] += tensor.numel() * as_float.itemsize if name in weights else 0
+            numel = math.prod(module.shapes[name]) if name in weights else 0
+            total[kind] += numel * as_float.itemsize
         else:
             total[kind] += tensor.nbytes
     return total
@@ -94,7 +97,7 @@ def class_of(module: nn.Module) -> str:
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of the tensors of a module that are, or could be, int8."""
+    """The names of the tensors of a module that are, or could be, quantized."""
     if isinstance(module, QuantizedModule):
         return module.weight_names
     kind = kind_of(module)

@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from gpu_poor import memory, ops
+from gpu_poor import formats, memory, ops
+from gpu_poor.formats import Format
 from gpu_poor.nn import KINDS, QuantizedModule, kind_of
 from gpu_poor.readers import read_by_owner
 
@@ -19,6 +20,8 @@ LEAST_REDUCTION = {8: 0.70, 4: 0.70, 2: 0.40}
 NO_MATRIX = "vectors, no matrix"
 
 Patterns = str | Sequence[str] | None
+#: ``{pattern: bits or name of a format}``; of several that match a module the last one counts.
+Overrides = dict[str, int | str] | None
 
 
 @dataclass
@@ -28,6 +31,8 @@ class Target:
     names: list[str]
     module: nn.Module
     kind: type[QuantizedModule]
+    #: What its weights will be stored as.
+    form: Format = formats.INT8
 
     @property
     def name(self) -> str:
@@ -35,6 +40,10 @@ class Target:
 
     def weights(self) -> dict[str, Tensor]:
         return {name: getattr(self.module, name) for name in self.kind.weights_of(self.module)}
+
+    def rows(self) -> dict[str, Tensor]:
+        """Views of the weights as ``[..., N, K]``."""
+        return {n: self.kind.to_rows(self.module, n, w) for n, w in self.weights().items()}
 
 
 @dataclass
@@ -57,12 +66,12 @@ class Plan:
 
     def bytes_saved(self) -> int:
         """Bytes that go: shared weights once, scales counted against."""
-        weights = {
-            memory.identity(w): w for target in self.targets for w in target.weights().values()
-        }
-        return sum(
-            w.nbytes - w.numel() - 4 * (w.numel() // max(1, w.shape[-1])) for w in weights.values()
-        )
+        saved = {}
+        for target in self.targets:
+            for name, weight in target.weights().items():
+                stored = formats.stored_bytes(target.form, *target.rows()[name].shape)
+                saved[memory.identity(weight)] = weight.nbytes - stored
+        return sum(saved.values())
 
     def kept_groups(self) -> list[Kept]:
         """The kept modules grouped by reason and class, the largest first."""
@@ -133,6 +142,8 @@ def make_plan(
     include: Patterns = None,
     exclude: Patterns = None,
     critical_layers: Patterns = None,
+    bits: int = 8,
+    overrides: Overrides = None,
 ) -> Plan:
     """Match every module of the model; see :func:`gpu_poor.quantize` for the arguments."""
     modules: dict[int, tuple[nn.Module, list[str]]] = {}
@@ -175,7 +186,89 @@ def make_plan(
         else:
             plan.kept[aliases[0]] = (module, reason)
     _keep_ties_whole(plan)
+    _choose_formats(model, plan, bits, overrides)
     return plan
+
+
+def check_formats(bits: int, overrides: Overrides) -> None:
+    """Raise ValueError unless bits and what overrides ask for are known."""
+    if type(bits) is not int or bits not in formats.DEFAULTS:  # 8.0 and True would be saved as such
+        raise ValueError(f"bits must be {_known_bits()}, got {bits!r}")
+    if not isinstance(overrides or {}, dict):
+        raise ValueError(f"overrides must map patterns to bits or formats, got {overrides!r:.80}")
+    for pattern, wanted in (overrides or {}).items():
+        if not isinstance(pattern, str):
+            raise ValueError(f"overrides: a pattern is a string, got {pattern!r:.80}")
+        named = isinstance(wanted, str) and wanted in formats.FORMATS
+        if not named and not (type(wanted) is int and wanted in formats.DEFAULTS):
+            raise ValueError(
+                f"overrides: {pattern!r} asks for {wanted!r}; known are bits {_known_bits()} and "
+                f"the formats {', '.join(formats.FORMATS)}"
+            )
+
+
+def _known_bits() -> str:
+    return " or ".join(str(bits) for bits in sorted(formats.DEFAULTS))
+
+
+def _choose_formats(model: nn.Module, plan: Plan, bits: int, overrides: Overrides) -> None:
+    """Give every target its format; one that several share gets one for all.
+
+    Raises:
+        ValueError: an override names nothing that is quantized, or two formats for one weight.
+    """
+    check_formats(bits, overrides)
+    tied: dict[tuple, list[Target]] = {}
+    for target in plan.targets:
+        for weight in target.weights().values():
+            tied.setdefault(memory.identity(weight), []).append(target)
+    sensitive = _sensitive(model, tied)
+    for target in plan.targets:
+        target.form = formats.default(bits, sensitive=id(target.module) in sensitive)
+    asked_for = _asked_for(model, plan, overrides or {})
+    for group in tied.values():
+        asked = {asked_for[t.name]: t.name for t in group if t.name in asked_for}
+        if len(asked) > 1:
+            raise ValueError(f"overrides: {' and '.join(asked.values())} are one weight")
+        for target in group:
+            target.form = next(iter(asked), target.form)
+
+
+def _asked_for(model: nn.Module, plan: Plan, overrides: dict[str, int | str]) -> dict[str, Format]:
+    """``{name of a target: format}`` for those that an override names."""
+    every = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    found = {}
+    for pattern, wanted in overrides.items():
+        form = formats.FORMATS[wanted if isinstance(wanted, str) else formats.DEFAULTS[wanted][0]]
+        matched = select(every, [pattern], "overrides")
+        names = [target.name for target in plan.targets if matched & set(target.names)]
+        if not names:
+            raise ValueError(f"overrides: what {pattern!r} matches is not quantized")
+        found |= dict.fromkeys(names, form)
+    return found
+
+
+def _sensitive(model: nn.Module, tied: dict[tuple, list[Target]]) -> set[int]:
+    """The ids of the modules in which few bits cost most: the head, and small tables.
+
+    An input embedding that is not tied to a head is no table of that kind: it is large.
+    """
+    found = set()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    try:
+        words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:
+        words = None
+    for group in tied.values():
+        kinds = {issubclass(target.kind, KINDS["embedding"]) for target in group}
+        modules = {id(target.module) for target in group}
+        if (
+            id(head) in modules
+            or kinds == {True, False}
+            or (True in kinds and id(words) not in modules)
+        ):
+            found |= modules
+    return found
 
 
 def _keep_ties_whole(plan: Plan) -> None:
@@ -235,7 +328,7 @@ def why_not(module: nn.Module) -> str:
         return "its weight is parametrized"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rewrites the rows it reads"
-    return "gpu_poor knows no int8 form of this class"
+    return "gpu_poor knows no quantized form of this class"
 
 
 def check_reduction(model: nn.Module, plan: Plan) -> None:
@@ -263,7 +356,7 @@ def check_reduction(model: nn.Module, plan: Plan) -> None:
         or "\n  its matrices are so narrow that scales, norms and biases outweigh them"
     )
     raise ValueError(
-        f"int8 would make {type(model).__name__} only {saved / max(1, total):.1%} smaller; "
+        f"quantizing would make {type(model).__name__} only {saved / max(1, total):.1%} smaller; "
         f"at least {required / max(1, total):.0%} is expected. What stays in float:{blame}\n"
         "The model is unchanged. Pass allow_partial=True to quantize the rest all the same."
     )
@@ -272,6 +365,12 @@ def check_reduction(model: nn.Module, plan: Plan) -> None:
 def kinds_of(model: nn.Module) -> dict[str, str]:
     """``{name: kind}`` of the quantized modules of a model, as saved in its config."""
     return {n: m.kind for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
+
+
+def formats_of(model: nn.Module) -> dict[str, str]:
+    """``{name: format}`` of the quantized modules that are not int8."""
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    return {n: m.format.name for n, m in modules.items() if m.format != formats.INT8}
 
 
 def ties_of(model: nn.Module, scales: bool = True) -> dict[str, str]:

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpu_poor import memory, ops
+from gpu_poor.formats import Format
 from gpu_poor.nn import QuantizedModule
-from gpu_poor.nn.base import quantize_rows, take_hooks
+from gpu_poor.nn.base import Stored, quantize_rows, take_hooks
 from gpu_poor.plan import (
+    Overrides,
     Patterns,
     Plan,
     Target,
     as_patterns,
+    check_formats,
     check_reduction,
     make_plan,
     share_scales,
@@ -33,6 +36,7 @@ def quantize(
     model: nn.Module,
     bits: int = 8,
     *,
+    overrides: Overrides = None,
     include: Patterns = None,
     exclude: Patterns = None,
     activation: str = "a16",
@@ -41,17 +45,20 @@ def quantize(
     progress: bool | None = None,
     verbose: bool = True,
 ) -> nn.Module:
-    """Replace the matrices of a model by int8 ones, in place.
+    """Replace the matrices of a model by int8 or int4 ones, in place.
 
     Linear layers, GPT-2's Conv1D, embeddings and transformers' fused experts are taken; a weight
     tied between an embedding and lm_head is stored once. Everything else stays as it is and is
     listed in the receipt, which is printed and kept as ``model.gpu_poor_receipt``. Either all of
     it succeeds or the model is left as it was: until the last weight is done, both the float
-    model and the int8 one are in memory.
+    model and the quantized one are in memory.
 
     Args:
         model: any torch module with float32, bfloat16 or float16 weights.
-        bits: 8.
+        bits: 8, or 4: groups of 64 columns with a scale and a minimum each, 4.5 bits a weight, and
+            8 bits for the head and small tables.
+        overrides: ``{pattern: 8, 4 or a name in gpu_poor.formats.FORMATS}`` for parts of the model;
+            of several that match a module the last one counts.
         include: fnmatch patterns over module names; only these modules, and what is below them.
         exclude: the same, to leave out.
         activation: "a16" (default), "a8" or "a32": how activations enter the integer products.
@@ -71,13 +78,13 @@ def quantize(
             allow_partial is False.
     """
     started = time.perf_counter()
-    check_options(bits, activation)
+    check_options(bits, activation, overrides)
     check_quantizable(model)
     options = dict(include=include, exclude=exclude, critical_layers=critical_layers)
     options = {
         name: None if value is None else as_patterns(value) for name, value in options.items()
     }
-    plan = make_plan(model, **options)
+    plan = make_plan(model, **options, bits=bits, overrides=overrides)
     if not allow_partial or not plan.targets:
         check_reduction(model, plan)
     check_finite(target_free_parameters(model, plan))
@@ -89,7 +96,8 @@ def quantize(
         if _is_transformers_model(model):
             from gpu_poor import hf
 
-            options |= dict(bits=bits, activation=activation, allow_partial=allow_partial)
+            options |= dict(bits=bits, overrides=overrides)
+            options |= dict(activation=activation, allow_partial=allow_partial)
             hf.attach(model, **options)
         receipt = make_receipt(model, before, kept)
     del plan, quantized  # the last reference to the float weights
@@ -134,10 +142,9 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 # -- checks ------------------------------------------------------------------------------------
 
 
-def check_options(bits: int, activation: str) -> None:
-    """Raise ValueError unless both are known."""
-    if type(bits) is not int or bits != 8:  # 8.0 and True would be saved as such
-        raise ValueError(f"bits must be 8, got {bits!r}")
+def check_options(bits: int, activation: str, overrides: Overrides = None) -> None:
+    """Raise ValueError unless all are known."""
+    check_formats(bits, overrides)
     if activation not in ops.ACTIVATIONS:
         modes = ", ".join(ops.ACTIVATIONS)
         raise ValueError(f"activation must be one of {modes}, got {activation!r}")
@@ -191,12 +198,12 @@ def target_free_parameters(model: nn.Module, plan: Plan) -> Iterator[tuple[str, 
 
 # -- the work ----------------------------------------------------------------------------------
 
-Quantized = dict[int, tuple[nn.Parameter, Tensor]]
+Quantized = dict[int, Stored]
 
 
 @torch.no_grad()
 def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
-    """``{id of the float weight: (int8 Parameter, scale)}``; the model is not touched."""
+    """``{id of the float weight: what it is stored as}``; the model is not touched."""
     every = [(t, name, weight) for t in plan.targets for name, weight in t.weights().items()]
     weights = {}
     for target, name, weight in every:
@@ -204,31 +211,32 @@ def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
     show = sys.stderr.isatty() if progress is None else progress
     bar = tqdm(
         total=sum(weight.nbytes for *_, weight in weights.values()),
-        desc="int8",
+        desc="quantizing",
         unit="B",
         unit_scale=True,
         delay=PROGRESS_DELAY_S,
         disable=not show,
     )
 
-    rows = {key: t.kind.to_rows(t.module, n, w.detach()) for key, (t, n, w) in weights.items()}
-    scratch = _scratch(list(rows.values()))
+    jobs = {key: (t.rows()[n].detach(), t.form) for key, (t, n, _) in weights.items()}
+    scratch = _scratch([rows for rows, _ in jobs.values()])
 
-    def work(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def work(job: tuple[Tensor, Format]) -> Stored:
         buffer = scratch.get()
         try:
-            return quantize_rows(matrix, buffer)
+            return quantize_rows(*job, buffer)
         finally:
             scratch.put(buffer)
 
     done = {}
     with bar, ThreadPoolExecutor(scratch.qsize()) as pool:
-        for key, (q, scale) in zip(rows, pool.map(work, rows.values()), strict=True):
+        for key, stored in zip(jobs, pool.map(work, jobs.values()), strict=True):
             target, name, weight = weights[key]
-            if not bool(torch.isfinite(scale).all()):
+            if not bool(torch.isfinite(stored.scale).all()):
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise not_finite(f"{target.name}.{name}")
-            done[key] = nn.Parameter(q, requires_grad=False), scale
+            parameter = nn.Parameter(stored.weight, requires_grad=False)
+            done[key] = stored._replace(weight=parameter)
             bar.update(weight.nbytes)
     return {id(weight): done[memory.identity(weight)] for *_, weight in every}
 

@@ -1,5 +1,6 @@
 """The receipt of a quantization: bytes before and after by class, what was kept and why."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -17,9 +18,10 @@ class Receipt:
     """What :func:`gpu_poor.quantize` did to a model. All sizes in bytes, shared memory once."""
 
     model: str
-    bits: int
+    #: ``{format: how many modules have it}``.
+    formats: dict[str, int]
     activation: str
-    #: The implementation of int8_linear in use: "ref", "avx2", "avx512_vnni", "amx" or "torch".
+    #: The implementation of the linear in use: "ref", "avx2", "avx512_vnni", "amx" or "torch".
     kernel: str
     modules: dict[str, int]
     before: dict[str, int]
@@ -48,7 +50,7 @@ class Receipt:
     def __str__(self) -> str:
         took = "" if self.seconds is None else f" in {self.seconds:.1f} s"
         lines = [
-            f"{self.model}: int{self.bits} weights, {self.activation} activations, "
+            f"{self.model}: {', '.join(self.formats)} weights, {self.activation} activations, "
             f"kernel {self.kernel}",
             f"  {'':<14} {'modules':>7} {'before MB':>11} {'after MB':>11}",
         ]
@@ -81,6 +83,12 @@ def count_modules(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+def count_formats(model: nn.Module) -> dict[str, int]:
+    """How many quantized modules have each format, the most frequent first."""
+    found = (m.format.name for m in model.modules() if isinstance(m, QuantizedModule))
+    return dict(Counter(found).most_common())
+
+
 def receipt(model: nn.Module) -> Receipt:
     """The receipt of a quantized model.
 
@@ -107,9 +115,9 @@ def make_receipt(
     """The receipt of a quantized model; ``before`` is :func:`memory.by_class` of the float one."""
     return Receipt(
         model=type(model).__name__,
-        bits=8,
+        formats=count_formats(model),
         activation=activations(model),
-        kernel=isa.kernels()["int8_linear"],
+        kernel=isa.kernels()["int8_linear"],  # int4's are of the same or the next slower one
         modules=count_modules(model),
         before=before,
         after=memory.by_class(model),

@@ -11,6 +11,7 @@ from conftest import MODELS, logits, make_model, tokens
 
 import gpu_poor
 from gpu_poor import GpuPoorConfig, memory, quantize
+from gpu_poor.plan import formats_of
 
 transformers = pytest.importorskip("transformers")
 FLOAT_TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,25 +31,28 @@ def saved(tmp_path, name="llama-tied", **options):
 # -- round trips -------------------------------------------------------------------------------
 
 
-def test_round_trip_has_equal_bits(model_name, tmp_path):
-    model, folder = saved(tmp_path, model_name)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_round_trip_has_equal_bits(model_name, bits, tmp_path):
+    model, folder = saved(tmp_path, model_name, bits=bits)
     expected = logits(model)
     loaded, info = load_class(model_name).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info  # nothing missing, unexpected or mismatched
     assert torch.equal(logits(loaded), expected)
     assert memory.parameter_bytes(loaded) == memory.parameter_bytes(model)
     assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert formats_of(loaded) == formats_of(model)
     loaded.save_pretrained(tmp_path / "again")
     again = load_class(model_name).from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again), expected)
 
 
-def test_quantizing_while_loading_equals_in_memory(model_name, tmp_path):
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantizing_while_loading_equals_in_memory(model_name, bits, tmp_path):
     model = make_model(model_name)
     model.save_pretrained(tmp_path / "float")
-    quantize(model, verbose=False)
+    quantize(model, bits, verbose=False)
     streamed, info = load_class(model_name).from_pretrained(
-        tmp_path / "float", quantization_config=GpuPoorConfig(bits=8), output_loading_info=True
+        tmp_path / "float", quantization_config=GpuPoorConfig(bits), output_loading_info=True
     )
     assert not any(info.values()), info
     assert torch.equal(logits(streamed), logits(model))
@@ -344,8 +348,12 @@ def test_streaming_a_tied_model_with_unusual_files(present, tmp_path):
     [
         ({"version": 2}, "version 2 is unknown"),
         ({"version": "1"}, "version '1' is unknown"),
-        ({"bits": 4}, "bits must be 8"),
-        ({"bits": "8"}, "bits must be 8"),
+        ({"bits": 2}, "bits must be 4 or 8"),
+        ({"formats": {"lm_head": "int3"}}, "formats has unknown values int3"),
+        ({"formats": {"nowhere": "int4_g32"}}, "of no module"),
+        ({"overrides": {"lm_head": "int3"}}, "asks for 'int3'"),
+        ({"overrides": ["lm_head"]}, "overrides must map"),
+        ({"bits": "8"}, "bits must be 4 or 8"),
         ({"activation": "a4"}, "activation must be"),
         ({"group_size": 32}, "unknown keys group_size"),
         ({"modules": {"lm_head": "os.system"}}, "unknown values os.system"),

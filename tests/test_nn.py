@@ -11,6 +11,7 @@ from torch import nn
 
 import gpu_poor
 from gpu_poor import ops, quantize
+from gpu_poor.formats import FORMATS, INT8
 from gpu_poor.nn import (
     KINDS,
     QuantizedEmbedding,
@@ -24,16 +25,16 @@ from gpu_poor.nn.base import quantize_rows
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make_linear(n=70, k=93, bias=True, activation="a16", dtype=torch.float32):
+def make_linear(n=70, k=93, bias=True, activation="a16", dtype=torch.float32, form=INT8):
     """An nn.Linear and the quantized one made from it."""
     linear = nn.Linear(k, n, bias=bias, dtype=dtype)
-    weights = {"weight": quantize_rows(linear.weight.detach())}
+    weights = {"weight": quantize_rows(linear.weight.detach(), form)}
     return linear, QuantizedLinear.from_float(linear, weights, activation)
 
 
-def make_embedding(n=50, k=33, dtype=torch.float32):
+def make_embedding(n=50, k=33, dtype=torch.float32, form=INT8):
     embedding = nn.Embedding(n, k, dtype=dtype)
-    weights = {"weight": quantize_rows(embedding.weight.detach())}
+    weights = {"weight": quantize_rows(embedding.weight.detach(), form)}
     return embedding, QuantizedEmbedding.from_float(embedding, weights, "a16")
 
 
@@ -83,9 +84,11 @@ def test_strided_rows_quantize_as_contiguous_ones(shape, isa):
     rows = torch.randn(*shape)
     strided = rows.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert not strided.is_contiguous()
-    for actual, expected in zip(quantize_rows(strided), quantize_rows(rows), strict=True):
-        assert torch.equal(actual, expected)
-        assert actual.is_contiguous()
+    for form in FORMATS.values():
+        actual, expected = quantize_rows(strided, form), quantize_rows(rows, form)
+        for a, b in zip(actual[:2], expected[:2], strict=True):
+            assert torch.equal(a, b) and a.is_contiguous()
+        assert actual[2:] == expected[2:] == (form, shape)
 
 
 def test_zero_rows_and_extremes():
@@ -188,9 +191,11 @@ def float_experts(name="mixtral", **changes):
     return next(m for m in model.modules() if kind_of(m) is QuantizedExperts)
 
 
-def quantized_experts(module, activation="a32"):
+def quantized_experts(module, activation="a32", form=INT8):
     weights = {
-        name: quantize_rows(QuantizedExperts.to_rows(module, name, getattr(module, name).detach()))
+        name: quantize_rows(
+            QuantizedExperts.to_rows(module, name, getattr(module, name).detach()), form
+        )
         for name in QuantizedExperts.weights_of(module)
     }
     return QuantizedExperts.from_float(module, weights, activation)

@@ -1,5 +1,6 @@
 """quantize(): patterns, ties, all or nothing, refusals, the receipt."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -7,11 +8,12 @@ import sys
 import pytest
 import torch
 from conftest import MODELS, logits, make_model
-from helpers import weight_error
+from helpers import assert_within, weight_error
 from torch import nn
 
 import gpu_poor
 from gpu_poor import memory, quantize
+from gpu_poor.formats import FORMATS
 from gpu_poor.nn import QuantizedLinear, QuantizedModule, kind_of
 from gpu_poor.plan import first_block, make_plan
 from gpu_poor.readers import read_by_owner, weight_reads
@@ -377,9 +379,104 @@ def test_the_fast_path_of_torch_reads_weights():
 # -- refusals ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [4, 16, 0, None, "8", True, 8.0, 8.5])
+# -- formats -----------------------------------------------------------------------------------
+
+
+def formats(model):
+    """{module name: format} of the quantized modules."""
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    return {n: m.format.name for n, m in modules.items()}
+
+
+def test_four_bits_everywhere_but_where_they_cost_most(model_name):
+    model = make_model(model_name)
+    expected, before = logits(model), memory.parameter_bytes(model)
+    quantize(model, 4, verbose=False, activation="a32")
+    receipt = gpu_poor.receipt(model)
+    assert receipt.bytes_after == memory.parameter_bytes(model) < 0.26 * before
+    found = formats(model)
+    assert set(found.values()) == {"int8", "int4_g64_asym"}
+    assert receipt.formats == {n: list(found.values()).count(n) for n in receipt.formats}
+    head = model.get_output_embeddings() if hasattr(model, "lm_head") else None
+    assert head is None or head.format.name == "int8"
+    assert all(
+        m.format.bits == 4 for m in model.modules() if type(m).__name__ == "QuantizedExperts"
+    )
+    quantized = logits(model)
+    # The same weights in float give the same answer: nothing but rounding is in between.
+    float_model = gpu_poor.dequantize(model)
+    assert_within(quantized, logits(float_model), 2e-3 * float(expected.abs().max()))
+    assert (logits(float_model) - expected).norm() < 0.5 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_in_a_whole_model(name, form):
+    model = quantize(make_model(name), overrides={"*": form}, verbose=False, allow_partial=True)
+    assert set(formats(model).values()) == {form}
+    answer = logits(model)
+    again = copy.deepcopy(model)
+    assert torch.equal(logits(again), answer)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again), answer)
+    scales = {n: b.dtype for n, b in model.named_buffers() if n.endswith("_scale")}
+    model.to(torch.bfloat16)
+    assert scales == {n: b.dtype for n, b in model.named_buffers() if n.endswith("_scale")}
+    assert logits(model).isfinite().all()
+
+
+def test_overrides():
+    def found(bits, overrides, name="llama"):
+        return formats(quantize(make_model(name), bits, overrides=overrides, verbose=False))
+
+    some = found(8, {"*.mlp": 4, "*.1.mlp.down_proj": "int4_g128"})
+    assert some["model.layers.0.mlp.up_proj"] == "int4_g64_asym"
+    assert some["model.layers.0.mlp.down_proj"] == "int4_g64_asym"
+    assert some["model.layers.1.mlp.down_proj"] == "int4_g128"
+    assert some["model.layers.1.self_attn.q_proj"] == some["lm_head"] == "int8"
+    some = found(4, {"lm_head": 4, "*.mlp.down_proj": 8, "model.embed_tokens": 8})
+    assert some["lm_head"] == "int4_g64_asym" and some["model.embed_tokens"] == "int8"
+    assert some["model.layers.0.mlp.down_proj"] == "int8"
+    # One weight, one format, whichever of its modules is named.
+    tied = found(4, {"lm_head": 4}, "llama-tied")
+    assert tied["lm_head"] == tied["model.embed_tokens"] == "int4_g64_asym"
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"down_proj": 4}, r"'down_proj' matches no module of the model; '\*.down_proj' does"),
+        ({"*.input_layernorm": 4}, "what '.*input_layernorm' matches is not quantized"),
+        ({"lm_head": 3}, "'lm_head' asks for 3; known are bits 4 or 8 and the formats int8, int4"),
+        ({"lm_head": True}, "asks for True"),
+        ({"lm_head": 4.0}, "asks for 4.0"),
+        ({"lm_head": "int5"}, "asks for 'int5'"),
+        ({7: 4}, "a pattern is a string"),
+        ("lm_head", "must map patterns"),
+        ({"lm_head": "int4_g32", "model.embed_tokens": 8}, "lm_head.* are one weight"),
+    ],
+)
+def test_bad_overrides_leave_the_model_as_it_was(overrides, message):
+    model = make_model("llama-tied")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        quantize(model, overrides=overrides, verbose=False)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, 1e38])
+def test_four_bits_refuse_what_no_scale_reaches(value):
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight is not finite"):
+        quantize(model, 4, verbose=False)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("bits", [2, 16, 0, None, "8", True, 8.0, 8.5])
 def test_bits(bits):
-    with pytest.raises(ValueError, match="bits must be 8"):
+    with pytest.raises(ValueError, match="bits must be 4 or 8"):
         quantize(mlp(), bits)
 
 
@@ -452,7 +549,7 @@ class Unknown(nn.Linear):
 @pytest.mark.parametrize(
     ("extra", "blame"),
     [
-        (Unknown(96, 400), "1 x Unknown (0.16 MB, e.g. 4): gpu_poor knows no int8 form"),
+        (Unknown(96, 400), "1 x Unknown (0.16 MB, e.g. 4): gpu_poor knows no quantized form"),
         (nn.Conv1d(96, 200, 3), "Conv1d"),
         (nn.LSTM(96, 64), "LSTM"),
         (nn.Linear(96, 400).double(), "its weight is float64"),
@@ -713,7 +810,7 @@ def test_progress_bar(capsys, monkeypatch):
     # By sys.modules: the package's attribute of this name is the function.
     monkeypatch.setattr(sys.modules["gpu_poor.quantize"], "PROGRESS_DELAY_S", 0)
     quantize(mlp(), progress=True, verbose=False)
-    assert "int8" in capsys.readouterr().err
+    assert "quantizing" in capsys.readouterr().err
     quantize(mlp(), progress=False, verbose=False)
     assert not capsys.readouterr().err
 

@@ -45,7 +45,7 @@ INLINE void store_rows(void *y, gp_dtype type, const float *bias, int64_t N, int
 }
 
 INLINE void int4_tile(const gp_int4_linear *a, int4_shape s, int64_t p, int64_t step, int P,
-                      int64_t m, int V, int planes, int asym)
+                      int64_t m, int V, int planes, int asym, int ahead)
 {
     const __m256i fifteen = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     const int8_t *x = a->x + m * planes * a->K_pad;
@@ -66,7 +66,7 @@ INLINE void int4_tile(const gp_int4_linear *a, int4_shape s, int64_t p, int64_t 
                 for (int r = 0; r < R; r++) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
                 for (int j = 0; j < 4; j++) {
                     const __m256i *line = (const __m256i *)(block + 64 * j);
-                    if (P == INT4_STREAMS) _mm_prefetch((const char *)line + INT4_AHEAD, _MM_HINT_T0);
+                    if (ahead) _mm_prefetch((const char *)line + INT4_AHEAD, _MM_HINT_T0);
                     for (int half = 0; half < 2; half++) {
                         __m256i both = _mm256_loadu_si256(line + half);
                         __m256i low = _mm256_and_si256(both, fifteen);
@@ -117,7 +117,7 @@ INLINE void int4_tile(const gp_int4_linear *a, int4_shape s, int64_t p, int64_t 
 }
 
 INLINE void int4_float_tile(const gp_int4_float_linear *a, int4_shape s, int64_t p, int64_t step,
-                            int P, int64_t m, int V, int asym)
+                            int P, int64_t m, int V, int asym, int ahead)
 {
     const float *x = a->x + m * a->K_pad;
     __m256 t[4][4][2];
@@ -147,7 +147,7 @@ INLINE void int4_float_tile(const gp_int4_float_linear *a, int4_shape s, int64_t
                                 _mm256_set1_ps(x[v * a->K_pad + b * GP_INT4_BLOCK + k]),
                                 _mm256_cvtepi32_ps(q), d[v][half]);
                     }
-                    if (P == INT4_STREAMS && k % 8 == 0)
+                    if (ahead && k % 8 == 0)
                         _mm_prefetch((const char *)line + INT4_AHEAD, _MM_HINT_T0);
                 }
             }

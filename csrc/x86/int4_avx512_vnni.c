@@ -38,7 +38,7 @@ INLINE void store_panel(void *y, gp_dtype type, const float *bias, int64_t N, in
 }
 
 INLINE void int4_tile(const gp_int4_linear *a, int4_shape s, int64_t p, int64_t step, int P,
-                      int64_t m, int V, int planes, int asym)
+                      int64_t m, int V, int planes, int asym, int ahead)
 {
     const __m512i fifteen = _mm512_set1_epi8(15);
     const int8_t *x = a->x + m * planes * a->K_pad;
@@ -63,7 +63,7 @@ INLINE void int4_tile(const gp_int4_linear *a, int4_shape s, int64_t p, int64_t 
                     __m512i both = _mm512_loadu_si512(line);
                     __m512i low = _mm512_and_si512(both, fifteen);
                     __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen);
-                    if (P == INT4_STREAMS) _mm_prefetch((const char *)line + INT4_AHEAD, _MM_HINT_T0);
+                    if (ahead) _mm_prefetch((const char *)line + INT4_AHEAD, _MM_HINT_T0);
                     for (int r = 0; r < R; r++) {
                         acc[i][r] = dpbusd_broadcast(acc[i][r], low, xk + r * a->K_pad);
                         acc[i][r] = dpbusd_broadcast(acc[i][r], high, xk + r * a->K_pad + 16);
@@ -104,7 +104,7 @@ INLINE __m512 weights_of(const uint8_t *block, int half, int j, int b, __m512 ta
 }
 
 INLINE void int4_float_tile(const gp_int4_float_linear *a, int4_shape s, int64_t p, int64_t step,
-                            int P, int64_t m, int V, int asym)
+                            int P, int64_t m, int V, int asym, int ahead)
 {
     const __m512 zero_to_15 = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512 table = _mm512_sub_ps(zero_to_15, _mm512_set1_ps(asym ? 0.0f : 8.0f));
@@ -123,7 +123,7 @@ INLINE void int4_float_tile(const gp_int4_float_linear *a, int4_shape s, int64_t
                     const uint8_t *block = a->w.w + (p + i * step) * s.panel_bytes +
                                            b * GP_INT4_PANEL_BLOCK;
                     __m512 q = weights_of(block, k / 16, k % 16 / 4, k % 4, table);
-                    if (P == INT4_STREAMS && k % 8 == 0)
+                    if (ahead && k % 8 == 0)
                         _mm_prefetch((const char *)block + 8 * k + INT4_AHEAD, _MM_HINT_T0);
                     for (int v = 0; v < V; v++)
                         d[i][v] = _mm512_fmadd_ps(

@@ -2,8 +2,9 @@
  *
  * The loops around a tile of int4 products, shared by AVX2 and AVX-512. The includer defines TARGET
  * and, always inlined, with P, V, planes and asym constant,
- *     int4_tile(a, s, p, step, P, m, V, planes, asym)    panels p, p + step, ... (P of them) by tokens
- *     int4_float_tile(a, s, p, step, P, m, V, asym)      [m, m + V), up to y
+ *     int4_tile(a, s, p, step, P, m, V, planes, asym, ahead)    panels p, p + step, ... (P of them) by
+ *     int4_float_tile(a, s, p, step, P, m, V, asym, ahead)      tokens [m, m + V), up to y; `ahead`:
+ *                                                               prefetching weights
  * and INT4_TILE_ROWS, the rows of activations (tokens times planes) of a tile of one panel, and
  * INT4_STREAMS, the streams that the weights are read as when there are few.
  */
@@ -28,9 +29,9 @@ INLINE void int4_panels(const gp_int4_linear *a, int64_t p0, int64_t p1, int pla
         const int64_t part = (p1 - p0) / INT4_STREAMS;
         for (int64_t p = p0; p < p0 + part; p++) {
             if (planes == 1 && a->M == 2)
-                int4_tile(a, s, p, part, INT4_STREAMS, 0, 2, 1, asym);
+                int4_tile(a, s, p, part, INT4_STREAMS, 0, 2, 1, asym, 1);
             else
-                int4_tile(a, s, p, part, INT4_STREAMS, 0, 1, planes, asym);
+                int4_tile(a, s, p, part, INT4_STREAMS, 0, 1, planes, asym, 1);
         }
         p0 += INT4_STREAMS * part;
     }
@@ -39,12 +40,16 @@ INLINE void int4_panels(const gp_int4_linear *a, int64_t p0, int64_t p1, int pla
         const int64_t m1 = gp_min(m0 + block, a->M);
         for (int64_t p = p0; p < p1; p++) {
             int64_t m = m0;
-            if (planes == 1)
-                for (; m + V1 <= m1; m += V1) int4_tile(a, s, p, 0, 1, m, V1, 1, asym);
-            else
-                for (; m + V2 <= m1; m += V2) int4_tile(a, s, p, 0, 1, m, V2, 2, asym);
-            for (; m + 2 <= m1; m += 2) int4_tile(a, s, p, 0, 1, m, 2, planes, asym);
-            if (m < m1) int4_tile(a, s, p, 0, 1, m, 1, planes, asym);
+            /* The first tile of a panel reads it from memory, the others from L1. */
+            if (planes == 1) {
+                if (m + V1 <= m1) int4_tile(a, s, p, 0, 1, m, V1, 1, asym, 1), m += V1;
+                for (; m + V1 <= m1; m += V1) int4_tile(a, s, p, 0, 1, m, V1, 1, asym, 0);
+            } else {
+                if (m + V2 <= m1) int4_tile(a, s, p, 0, 1, m, V2, 2, asym, 1), m += V2;
+                for (; m + V2 <= m1; m += V2) int4_tile(a, s, p, 0, 1, m, V2, 2, asym, 0);
+            }
+            for (; m + 2 <= m1; m += 2) int4_tile(a, s, p, 0, 1, m, 2, planes, asym, 1);
+            if (m < m1) int4_tile(a, s, p, 0, 1, m, 1, planes, asym, 1);
         }
     }
 }
@@ -55,7 +60,7 @@ INLINE void int4_float_panels(const gp_int4_float_linear *a, int64_t p0, int64_t
     if (a->M == 1) {
         const int64_t part = (p1 - p0) / INT4_STREAMS;
         for (int64_t p = p0; p < p0 + part; p++)
-            int4_float_tile(a, s, p, part, INT4_STREAMS, 0, 1, asym);
+            int4_float_tile(a, s, p, part, INT4_STREAMS, 0, 1, asym, 1);
         p0 += INT4_STREAMS * part;
     }
     const int64_t block = int4_block(a->K_pad * 4);
@@ -64,9 +69,9 @@ INLINE void int4_float_panels(const gp_int4_float_linear *a, int64_t p0, int64_t
         for (int64_t p = p0; p < p1; p++) {
             int64_t m = m0;
             for (; m + INT4_TILE_ROWS <= m1; m += INT4_TILE_ROWS)
-                int4_float_tile(a, s, p, 0, 1, m, INT4_TILE_ROWS, asym);
-            for (; m + 2 <= m1; m += 2) int4_float_tile(a, s, p, 0, 1, m, 2, asym);
-            if (m < m1) int4_float_tile(a, s, p, 0, 1, m, 1, asym);
+                int4_float_tile(a, s, p, 0, 1, m, INT4_TILE_ROWS, asym, 1);
+            for (; m + 2 <= m1; m += 2) int4_float_tile(a, s, p, 0, 1, m, 2, asym, 1);
+            if (m < m1) int4_float_tile(a, s, p, 0, 1, m, 1, asym, 1);
         }
     }
 }

@@ -1,22 +1,23 @@
-"""What every quantized module is: int8 weights, float32 scales, and how to get there and back.
+"""What every quantized module is: weights in a format, their scales, how to get there and back.
 
 A quantized module keeps the parameter names of the float module it replaces. For each weight
-``w`` it stores
+``w`` that stands for ``[..., N, K]`` it stores, as its format says (gpu_poor/formats.py),
 
-    w         int8    [..., N, K]  Parameter that needs no gradient
-    w_scale   float32 [..., N]     buffer; stays float32 under .half() and .to(dtype)
+    w         int8     Parameter that needs no gradient
+    w_scale   a float  buffer; keeps its dtype under .half() and .to(dtype)
 
 A weight tied to another module's is the same Parameter object in both. Its scale lives in one
 module of the group, the owner, which alone lists it in its state_dict; the others read it there.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gpu_poor import ops
+from gpu_poor.formats import Format
 
 #: Every kind of quantized module by its name; filled by :func:`register`, saved in configs.
 KINDS: dict[str, type["QuantizedModule"]] = {}
@@ -56,25 +57,43 @@ def is_plain(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not hasattr(module, "parametrizations")
 
 
-def quantize_rows(rows: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """int8 ``[..., N, K]`` and float32 scales ``[..., N]`` of float rows with any strides.
+class Stored(NamedTuple):
+    """A quantized weight: the tensors that a format stores for ``shape``, ``[..., N, K]``."""
+
+    weight: Tensor
+    scale: Tensor
+    form: Format
+    shape: tuple[int, ...]
+
+
+def quantize_rows(rows: Tensor, form: Format, scratch: Tensor | None = None) -> Stored:
+    """Float rows ``[..., N, K]`` with any strides in a format.
 
     Args:
         scratch: bytes to make a matrix with other strides contiguous in, at least its size.
     """
-    if rows.is_contiguous():
-        return ops.int8_quantize(rows)
-    if rows.dim() == 2:
+    shape = tuple(rows.shape)
+    if rows.dim() == 2 and not rows.is_contiguous():
         # All at once: torch transposes a whole matrix four times faster than blocks of one.
         if scratch is None or scratch.device != rows.device:
-            return ops.int8_quantize(rows.contiguous())
-        dense = scratch[: rows.nbytes].view(rows.dtype).view(rows.shape)
-        return ops.int8_quantize(dense.copy_(rows))
-    weight = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-    scale = torch.empty(rows.shape[:-1], dtype=torch.float32, device=rows.device)
+            rows = rows.contiguous()
+        else:
+            dense = scratch[: rows.nbytes].view(rows.dtype).view(rows.shape)
+            rows = dense.copy_(rows)
+    if rows.dim() == 2:
+        return Stored(*form.quantize(rows), form, shape)
+    stored = empty(form, shape, rows.device)
     for i, matrix in enumerate(rows):  # one expert at a time, to copy no more than one
-        weight[i], scale[i] = quantize_rows(matrix, scratch)
-    return weight, scale
+        stored.weight[i], stored.scale[i], *_ = quantize_rows(matrix, form, scratch)
+    return stored
+
+
+def empty(form: Format, shape: tuple[int, ...], device, dtype: torch.dtype | None = None) -> Stored:
+    """A weight without data; ``dtype``: another one for its weight until the data come."""
+    (sizes, stored_dtype), (scale_sizes, scale_dtype) = form.storage(*shape)
+    weight = torch.empty(sizes, dtype=dtype or stored_dtype, device=device)
+    scale = torch.empty(scale_sizes, dtype=scale_dtype, device=device)
+    return Stored(weight, scale, form, tuple(shape))
 
 
 class QuantizedModule(nn.Module):
@@ -92,6 +111,9 @@ class QuantizedModule(nn.Module):
         self.dtype = dtype
         #: Whether the float weights were frozen, and are again after dequantize.
         self.frozen = False
+        #: ``{weight name: what it is stored as}`` and ``{weight name: [..., N, K]}``.
+        self.formats: dict[str, Format] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         #: ``{buffer name: owner}`` of shared scales; in a dict, so that no owner is a submodule.
         self._scale_owners: dict[str, QuantizedModule] = {}
 
@@ -117,9 +139,9 @@ class QuantizedModule(nn.Module):
 
     @classmethod
     def from_float(
-        cls, module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], activation: str
+        cls, module: nn.Module, weights: dict[str, Stored], activation: str
     ) -> "QuantizedModule":
-        """The quantized module from the float one and ``{weight name: (int8, scale)}``."""
+        """The quantized module from the float one and its weights by name."""
         raise NotImplementedError
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -128,8 +150,8 @@ class QuantizedModule(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32, name: str = "weight") -> Tensor:
         """The float weight ``[..., N, K]``."""
-        weight, scale = getattr(self, name), getattr(self, f"{name}_scale")
-        return ops.int8_dequantize(weight, scale, dtype)
+        stored = getattr(self, name), getattr(self, f"{name}_scale")
+        return self.formats[name].dequantize(*stored, self.shapes[name], dtype)
 
     # -- state -----------------------------------------------------------------------------
 
@@ -146,12 +168,19 @@ class QuantizedModule(nn.Module):
         self._activation = value
         self._activation_bits = ops.ACTIVATIONS[value]
 
-    def set_weight(self, name: str, weight: Tensor, scale: Tensor) -> None:
-        """Store one weight: int8 ``[..., N, K]``, float32 ``[..., N]``. Keeps a Parameter as is."""
+    def set_weight(self, name: str, stored: Stored) -> None:
+        """Store one weight. Keeps a Parameter as is."""
+        weight = stored.weight
         if not isinstance(weight, nn.Parameter):
             weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter(name, weight)
-        self.register_buffer(f"{name}_scale", scale)
+        self.register_buffer(f"{name}_scale", stored.scale)
+        self.formats[name], self.shapes[name] = stored.form, stored.shape
+
+    @property
+    def format(self) -> Format:
+        """What the weights are stored as: a module has one format for all of them."""
+        return self.formats[self.weight_names[0]]
 
     def share_scale(self, name: str, source: "QuantizedModule | Tensor") -> None:
         """Use the scale of the module this weight is tied to; the state_dict lists it there.
@@ -183,7 +212,7 @@ class QuantizedModule(nn.Module):
         return super().__getattr__(name) if owner is None else getattr(owner, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedModule":
-        """Move the module, but leave scales float32: a bfloat16 scale costs more than int8 does.
+        """Move the module, but leave scales their dtype: bfloat16 ones cost more than int8 does.
 
         The scale stays the same tensor object, as a Parameter would. One that is shared moves
         with each of its modules, so that it is where they are even if one is moved alone.
@@ -214,7 +243,7 @@ class QuantizedModule(nn.Module):
         for key, old in before.items():
             owner = self._scale_owners.get(key, self)
             new = fn(old) if owner is not self else self._buffers[key]
-            if new.dtype != torch.float32:
+            if new.dtype != old.dtype:
                 new = old.to(new.device)
             if new is not old and "meta" not in (new.device.type, old.device.type):
                 old.data = new
@@ -233,7 +262,8 @@ class QuantizedModule(nn.Module):
         """Refuse values that ``copy_`` would squeeze into int8, then load as usual."""
         error_msgs = args[-1] if args else kwargs["error_msgs"]
         for name in self.weight_names:
-            for key, dtype in ((name, torch.int8), (f"{name}_scale", torch.float32)):
+            storage = self.formats[name].storage(*self.shapes[name])
+            for key, (_, dtype) in zip((name, f"{name}_scale"), storage, strict=True):
                 value = state_dict.get(prefix + key)
                 if value is not None and value.dtype != dtype:
                     error_msgs.append(

@@ -1,4 +1,4 @@
-"""Embeddings with int8 rows, and the few subclasses of nn.Embedding that add to the lookup.
+"""Embeddings with quantized rows, and the few subclasses of nn.Embedding that add to the lookup.
 
 A subclass of nn.Embedding with a forward of its own is taken only if it is in one of the tables
 below; any other stays in float, and the receipt says so.
@@ -7,8 +7,7 @@ below; any other stays in float, and the receipt says so.
 import torch
 from torch import Tensor, nn
 
-from gpu_poor.nn.base import QuantizedModule, is_plain, register
-from gpu_poor.ops import int8_embedding
+from gpu_poor.nn.base import QuantizedModule, Stored, is_plain, register
 
 #: Class names end so when forward(input_ids) is the lookup times ``embed_scale``.
 SCALED_SUFFIX = "ScaledWordEmbedding"
@@ -33,11 +32,10 @@ def _is_lookup(module: nn.Module) -> bool:
 
 @register
 class QuantizedEmbedding(QuantizedModule):
-    """Rows of ``weight * weight_scale`` by index, in ``dtype``, which follows ``.to(dtype)``.
+    """Rows of a weight by index, in ``dtype``, which follows ``.to(dtype)``.
 
     Args:
-        weight: int8 ``[num_embeddings, embedding_dim]``.
-        weight_scale: float32 ``[num_embeddings]``.
+        stored: the weight, ``[num_embeddings, embedding_dim]``.
         dtype: of the output.
         padding_idx: kept for callers that read it; it only ever mattered to gradients.
     """
@@ -46,15 +44,14 @@ class QuantizedEmbedding(QuantizedModule):
 
     def __init__(
         self,
-        weight: Tensor,
-        weight_scale: Tensor,
+        stored: Stored,
         dtype: torch.dtype = torch.float32,
         padding_idx: int | None = None,
     ):
         super().__init__(dtype=dtype)
-        self.num_embeddings, self.embedding_dim = weight.shape
+        self.num_embeddings, self.embedding_dim = stored.shape
         self.padding_idx = padding_idx
-        self.set_weight("weight", weight, weight_scale)
+        self.set_weight("weight", stored)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -62,13 +59,17 @@ class QuantizedEmbedding(QuantizedModule):
 
     @classmethod
     def from_float(
-        cls, module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], activation: str
+        cls, module: nn.Module, weights: dict[str, Stored], activation: str
     ) -> "QuantizedEmbedding":
-        return cls(*weights["weight"], module.weight.dtype, module.padding_idx)
+        return cls(weights["weight"], module.weight.dtype, module.padding_idx)
 
     def forward(self, input: Tensor) -> Tensor:
-        return int8_embedding(
-            input, self._parameters["weight"], self.scale("weight_scale"), self.dtype
+        return self.formats["weight"].embedding(
+            input,
+            self._parameters["weight"],
+            self.scale("weight_scale"),
+            self.shapes["weight"],
+            self.dtype,
         )
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -80,7 +81,7 @@ class QuantizedEmbedding(QuantizedModule):
         return embedding
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, int8, {self.dtype}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.format.name}, {self.dtype}"
 
 
 @register
@@ -117,10 +118,10 @@ class QuantizedScaledEmbedding(QuantizedEmbedding):
 
     @classmethod
     def from_float(
-        cls, module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], activation: str
+        cls, module: nn.Module, weights: dict[str, Stored], activation: str
     ) -> "QuantizedScaledEmbedding":
         embedding = cls(
-            *weights["weight"],
+            weights["weight"],
             module.weight.dtype,
             module.padding_idx,
             embed_scale=cls._factor(module),
@@ -159,11 +160,10 @@ class QuantizedMaskPositionEmbedding(QuantizedEmbedding):
 
     @classmethod
     def from_float(
-        cls, module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], activation: str
+        cls, module: nn.Module, weights: dict[str, Stored], activation: str
     ) -> "QuantizedMaskPositionEmbedding":
-        weight, scale = weights["weight"]
         embedding = cls(
-            weight, scale, module.weight.dtype, module.padding_idx, offset=module.offset
+            weights["weight"], module.weight.dtype, module.padding_idx, offset=module.offset
         )
         embedding.float_class = type(module)
         return embedding

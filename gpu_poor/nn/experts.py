@@ -2,14 +2,13 @@
 
 transformers marks such a class with ``@use_experts_implementation``, which means that any
 implementation of "route, up, gate, down, weigh" may replace its forward; this file is ours. Every
-expert is a pair of int8 linears on the 2-D slices ``weight[e]``, ``scale[e]``.
+expert is a pair of quantized linears on the 2-D slices ``weight[e]``, ``scale[e]``.
 """
 
 import torch
 from torch import Tensor, nn
 
-from gpu_poor import ops
-from gpu_poor.nn.base import QuantizedModule, is_plain, register
+from gpu_poor.nn.base import QuantizedModule, Stored, is_plain, register
 
 _UP = ("gate_up_proj", "up_proj")
 
@@ -22,13 +21,13 @@ def _up_name(module: nn.Module) -> str | None:
 class QuantizedExperts(QuantizedModule):
     """``sum_k weight_k * down_e(act(gate_e(x)) * up_e(x))`` over the k experts e of each token.
 
-    ``gate_up_proj`` (``up_proj`` without a gate) is int8 ``[E, N, K]`` and ``down_proj`` int8
-    ``[E, K, N']``, each with a float32 scale per row, whichever way the float class stores them.
+    ``gate_up_proj`` (``up_proj`` without a gate) stands for ``[E, N, K]`` and ``down_proj`` for
+    ``[E, K, N']``, whichever way the float class stores them.
     """
 
     kind = "experts"
 
-    def __init__(self, module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], activation):
+    def __init__(self, module: nn.Module, weights: dict[str, Stored], activation: str):
         super().__init__(activation, module.down_proj.dtype)
         # The class's own gate reads what it likes (act_fn, alpha, limit...), so keep it all.
         plain = {k: v for k, v in vars(module).items() if k not in vars(nn.Module())}
@@ -38,8 +37,8 @@ class QuantizedExperts(QuantizedModule):
         self.float_class = type(module)
         self.up_name, _ = self.weight_names = self.weights_of(module)
         self.num_experts = module.down_proj.shape[0]
-        for name, (weight, scale) in weights.items():
-            self.set_weight(name, weight, scale)
+        for name, stored in weights.items():
+            self.set_weight(name, stored)
             bias = module._parameters.get(f"{name}_bias")
             self.register_parameter(f"{name}_bias", bias)
 
@@ -68,17 +67,18 @@ class QuantizedExperts(QuantizedModule):
 
     @classmethod
     def from_float(
-        cls, module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], activation: str
+        cls, module: nn.Module, weights: dict[str, Stored], activation: str
     ) -> "QuantizedExperts":
         return cls(module, weights, activation)
 
     def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
         bias = self._parameters[f"{name}_bias"]
-        return ops.int8_linear(
+        return self.formats[name].linear(
             x,
             self._parameters[name][expert],
             self.scale(f"{name}_scale")[expert],
             None if bias is None else bias[expert],
+            self.shapes[name][-2],
             self._activation_bits,
         )
 
@@ -138,5 +138,6 @@ class QuantizedExperts(QuantizedModule):
         return module
 
     def extra_repr(self) -> str:
-        up = tuple(self._parameters[self.up_name].shape)
-        return f"{self.num_experts} experts, {self.up_name}={up}, int8, {self.activation}"
+        up = self.shapes[self.up_name]
+        form = self.format.name
+        return f"{self.num_experts} experts, {self.up_name}={up}, {form}, {self.activation}"

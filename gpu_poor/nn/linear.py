@@ -1,10 +1,9 @@
-"""Linear layers with int8 weights: nn.Linear, and GPT-2's Conv1D, which stores W transposed."""
+"""Linear layers with quantized weights: nn.Linear, and GPT-2's Conv1D, which stores W.T."""
 
 import torch
 from torch import Tensor, nn
 
-from gpu_poor.nn.base import QuantizedModule, is_plain, register
-from gpu_poor.ops import int8_linear
+from gpu_poor.nn.base import QuantizedModule, Stored, is_plain, register
 
 #: Subclasses of nn.Linear with a forward of their own that still is ``x @ W.T + b``.
 PLAIN_LINEARS = {"FalconLinear"}
@@ -18,11 +17,10 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 @register
 class QuantizedLinear(QuantizedModule):
-    """``y = x @ (weight * weight_scale).T + bias``; not an nn.Linear, for ``weight`` is int8.
+    """``y = x @ w.T + bias``; not an nn.Linear, for ``weight`` is no float matrix.
 
     Args:
-        weight: int8 ``[out_features, in_features]``.
-        weight_scale: float32 ``[out_features]``.
+        stored: the weight, ``[out_features, in_features]``.
         bias: ``[out_features]`` of a float dtype, or None.
         activation: "a8", "a16" or "a32".
         dtype: of the float weight.
@@ -32,15 +30,14 @@ class QuantizedLinear(QuantizedModule):
 
     def __init__(
         self,
-        weight: Tensor,
-        weight_scale: Tensor,
+        stored: Stored,
         bias: Tensor | None = None,
         activation: str = "a16",
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__(activation, dtype)
-        self.out_features, self.in_features = weight.shape
-        self.set_weight("weight", weight, weight_scale)
+        self.out_features, self.in_features = stored.shape
+        self.set_weight("weight", stored)
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -55,18 +52,19 @@ class QuantizedLinear(QuantizedModule):
 
     @classmethod
     def from_float(
-        cls, module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], activation: str
+        cls, module: nn.Module, weights: dict[str, Stored], activation: str
     ) -> "QuantizedLinear":
-        return cls(*weights["weight"], module.bias, activation, module.weight.dtype)
+        return cls(weights["weight"], module.bias, activation, module.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         # The dicts, for nn.Module.__getattr__ costs a microsecond a name and a token has hundreds.
         parameters = self._parameters
-        return int8_linear(
+        return self.formats["weight"].linear(
             x,
             parameters["weight"],
             self.scale("weight_scale"),
             parameters["bias"],
+            self.out_features,
             self._activation_bits,
         )
 
@@ -79,7 +77,7 @@ class QuantizedLinear(QuantizedModule):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, int8, {self.activation}"
+            f"bias={self.bias is not None}, {self.format.name}, {self.activation}"
         )
 
 

@@ -4,9 +4,10 @@
     w[n, k] = scale[n, k // G] * q[n, k] + min[n, k // G]             asymmetric
 
 stored as they are run (csrc/gpu_poor.h): ``weight`` int8 ``[P, B, 256]``, panels of 16 rows by
-blocks of 32 columns, two to a byte, padded; ``scale`` float16 ``[P, groups, 1 or 2, 16]``, the scales and, if
-asymmetric, the minima. N and K are the caller's to remember. The bytes are called int8 and not
-uint8 because models ask for int8 before they cast activations to the dtype of a weight (T5).
+blocks of 32 columns, two to a byte, padded; ``scale`` float16 ``[P, groups, 1 or 2, 16]``, the
+scales and, if asymmetric, the minima. N and K are the caller's to remember. The bytes are called
+int8 and not uint8 because models ask for int8 before they cast activations to a weight's dtype
+(T5).
 """
 
 import torch
@@ -119,7 +120,7 @@ def _search_symmetric(x: Tensor, h: Tensor) -> Tensor:
         xq, qq = (h * q * x).sum(-1), (h * q * q).sum(-1)
         return _ratio(xq, qq), xq * _ratio(xq, qq)
 
-    best, scale = torch.full_like(extreme, -1.0), torch.zeros_like(extreme)
+    best, scale = torch.full_like(extreme, -1.0), extreme / -8
     for side in SIDES:
         fitted, gain = fit(torch.where(extreme != 0, side / extreme, 0.0))
         better = gain > best
@@ -145,9 +146,9 @@ def _search_asymmetric(x: Tensor, h: Tensor, valid: Tensor) -> tuple[Tensor, Ten
         m = torch.where(det > 0, (sx - scale * sq) / n, sx / n)
         return scale, m, sxx - scale * sxq - m * sx
 
-    scale, m = torch.zeros_like(low), low
-    best = torch.full_like(low, float("inf"))
     span = high - low
+    scale, m = span / 15, low
+    best = torch.full_like(low, float("inf"))
     candidates = [
         (low + (span - span * width) * at, torch.where(span > 0, 15 / (span * width), 0.0))
         for width, at in RANGES
