@@ -612,6 +612,67 @@ void gram_(const Tensor &acc, const Tensor &x_in)
              });
 }
 
+/* Levels int8 [N, K] and float32 [N, groups, 1 or 2] of a weight float32 [N, K]. */
+std::tuple<Tensor, Tensor> gptq(const Tensor &weight, const Tensor &gram, const Tensor &factor,
+                                int64_t group, int64_t low, int64_t high, bool asymmetric,
+                                bool half_scales, int64_t sweeps)
+{
+    const char *op = "gptq";
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.dim() == 2 &&
+                        weight.is_cpu(),
+                    op, ": weight must be float32 [N, K], got shape ", shape_of(weight));
+    const int64_t N = weight.size(0), K = weight.size(1);
+    for (const Tensor *matrix : {&gram, &factor})
+        STD_TORCH_CHECK(matrix->scalar_type() == ScalarType::Float && matrix->dim() == 2 &&
+                            matrix->size(0) == K && matrix->size(1) == K && matrix->is_cpu(),
+                        op, ": gram and factor must be float32 [K, K] with K = ", K, ", got shape ",
+                        shape_of(*matrix));
+    STD_TORCH_CHECK(-128 <= low && low <= 0 && low < high && high <= 127, op,
+                    ": levels must be within [-128, 127] and hold 0, got ", low, " to ", high);
+    STD_TORCH_CHECK(group >= 1 && (high - low != 15 || group <= GP_INT4_GROUP_MAX), op,
+                    ": group must be >= 1, and <= ", GP_INT4_GROUP_MAX, " for 4 bits, got ", group);
+    STD_TORCH_CHECK(sweeps >= 0, op, ": sweeps must be >= 0, got ", sweeps);
+    Tensor w = dense(weight), h = dense(gram), u = dense(factor);
+    const int64_t groups = (K + group - 1) / group, parts = 1 + asymmetric;
+    Tensor q = new_tensor({N, K}, ScalarType::Char);
+    Tensor scale = new_tensor({N, groups, parts}, ScalarType::Float);
+    if (K == 0) return {q, scale};
+    const float *in = static_cast<const float *>(w.data_ptr());
+    int8_t *out = static_cast<int8_t *>(q.data_ptr());
+    float *scales = static_cast<float *>(scale.data_ptr());
+    std::atomic<bool> out_of_memory{false};
+    parallel(panels_of(N), 1, static_cast<double>(64 * K * K), [&](int64_t begin, int64_t end) {
+        const size_t lanes = 16, rows = static_cast<size_t>(4 * K + 2 * groups);
+        std::unique_ptr<float[]> memory(new (std::nothrow) float[rows * lanes]);
+        if (!memory) {
+            out_of_memory = true;
+            return;
+        }
+        float *panel = memory.get(), *levels = panel + K * 16, *scratch = levels + K * 16;
+        float *grids = scratch + 2 * K * 16;
+        gp_gptq a = {K, group, static_cast<int>(low), static_cast<int>(high), asymmetric,
+                     half_scales, static_cast<int>(sweeps),
+                     static_cast<const float *>(h.data_ptr()),
+                     static_cast<const float *>(u.data_ptr()), panel, levels, grids, scratch};
+        for (int64_t p = begin; p < end; p++) {
+            const int64_t n0 = 16 * p, n = std::min<int64_t>(16, N - n0);
+            for (int64_t k = 0; k < K; k++)
+                for (int64_t r = 0; r < 16; r++)
+                    panel[k * 16 + r] = r < n ? in[(n0 + r) * K + k] : 0.0f;
+            gp.gptq_panel(&a);
+            for (int64_t r = 0; r < n; r++) {
+                for (int64_t k = 0; k < K; k++)
+                    out[(n0 + r) * K + k] = static_cast<int8_t>(levels[k * 16 + r]);
+                for (int64_t g = 0; g < groups; g++)
+                    for (int64_t i = 0; i < parts; i++)
+                        scales[((n0 + r) * groups + g) * parts + i] = grids[(2 * g + i) * 16 + r];
+            }
+        }
+    });
+    STD_TORCH_CHECK(!out_of_memory, op, ": out of memory for rows of ", K, " columns");
+    return {q, scale};
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY(gpu_poor, m)
@@ -632,6 +693,8 @@ STABLE_TORCH_LIBRARY(gpu_poor, m)
           "ScalarType dtype) -> Tensor");
     m.def("channel_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("gram_(Tensor(a!) acc, Tensor x) -> ()");
+    m.def("gptq(Tensor weight, Tensor gram, Tensor factor, int group, int low, int high, "
+          "bool asymmetric, bool half_scales, int sweeps) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpu_poor, CPU, m)
@@ -646,4 +709,5 @@ STABLE_TORCH_LIBRARY_IMPL(gpu_poor, CPU, m)
     m.impl("int4_embedding", TORCH_BOX(&int4_embedding));
     m.impl("channel_stats", TORCH_BOX(&channel_stats));
     m.impl("gram_", TORCH_BOX(&gram_));
+    m.impl("gptq", TORCH_BOX(&gptq));
 }

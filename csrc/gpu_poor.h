@@ -137,6 +137,21 @@ typedef struct {
     uint16_t *scale;
 } gp_int4_quantize;
 
+/* Round 16 rows under the Gram matrix of their inputs: csrc/gptq_template.h. Arrays [..][16] have a row
+ * to each lane; rows beyond the matrix are zero. */
+typedef struct {
+    int64_t K, group;    /* any group; 4 bits: <= GP_INT4_GROUP_MAX */
+    int low, high, asym; /* levels are [low, high]; d = scale * q + min */
+    int half_scales;     /* scales and minima are stored as float16 */
+    int sweeps;          /* of coordinate descent after GPTQ */
+    const float *gram;   /* H [K][K], positive definite */
+    const float *factor; /* U [K][K], upper triangular: U^T U = H^-1 */
+    float *w;            /* [K][16], destroyed */
+    float *q;            /* [K][16], out: levels */
+    float *grids;        /* [groups][2][16], out: scale, minimum; NaN where w is not finite */
+    float *scratch;      /* [2 K][16] */
+} gp_gptq;
+
 /* One line per kernel: X(name, return type, parameters). */
 #define GP_KERNELS(X)                                                                             \
     /* Symmetric absmax quantization of one row x[K] into `planes` planes, plane p at             \
@@ -171,6 +186,7 @@ typedef struct {
     X(int4_dequantize_row, void,                                                                  \
       (const gp_int4_weight *w, int64_t n, void *y, gp_dtype type))                               \
     X(int4_quantize_panel, void, (const gp_int4_quantize *a))                                     \
+    X(gptq_panel, void, (const gp_gptq *a))                                                       \
     /* Columns [k0, k1) of x[M][K]: largest magnitude, smallest, largest, sum of squares.         \
      * NaN propagates. M >= 1. */                                                                 \
     X(channel_stats, void,                                                                        \

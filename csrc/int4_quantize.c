@@ -7,4 +7,5 @@
 const gp_impl gp_impl_int4_quantize_ref = {
     .name = "ref",
     .int4_quantize_panel = int4_quantize_panel_ref,
+    .gptq_panel = gptq_panel_ref,
 };

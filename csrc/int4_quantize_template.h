@@ -17,6 +17,7 @@
 #define GPU_POOR_INT4_QUANTIZE_H
 
 #include <math.h>
+#include <stdbool.h>
 
 #include "common.h"
 
@@ -31,6 +32,11 @@ typedef struct {
     gp_f16x x[INT4_VECTORS], h[INT4_VECTORS];
     int n;
 } int4_group;
+
+/* What is stored of a group: halves. */
+typedef struct {
+    uint16_t scale, min;
+} int4_choice;
 
 /* What a group becomes: q of x is rint((x - min) * inverse) within [low, low + 15]. */
 typedef struct {
@@ -133,54 +139,66 @@ INLINE int4_fit NAME(search_asymmetric)(const int4_group *g, float low, float hi
     return best;
 }
 
+/* The scale and minimum of a group of `count` values, as halves; of values that are not finite, or that
+ * no half reaches, NaN. h: their importance, or NULL. */
+INLINE int4_choice NAME(choose)(const float *x, const float *h, int64_t count, int asym,
+                                gp_search search)
+{
+    const int4_choice none = {0, 0}, unreachable = {0x7e00, 0x7e00};
+    float low = x[0], high = x[0], worst = 0;
+    for (int64_t k = 0; k < count; k++) {
+        low = x[k] < low ? x[k] : low;
+        high = x[k] > high ? x[k] : high;
+        worst += x[k] * 0.0f; /* NaN if any is not finite */
+    }
+    if (worst != worst) return unreachable;
+    if (low == 0 && high == 0) return none;
+    int4_group g;
+    g.n = (int)gp_ceil_div(count, 16);
+    memset(g.x, 0, sizeof(g.x));
+    memset(g.h, 0, sizeof(g.h));
+    memcpy(g.x, x, (size_t)count * 4);
+    for (int64_t k = 0; k < count; k++) ((float *)g.h)[k] = h ? h[k] : 1.0f;
+
+    gp_f16x total = {0};
+    for (int i = 0; i < g.n; i++) total += g.h[i];
+    if (!(NAME(sum)(total) > 0)) /* nothing is known of them: then all count alike */
+        for (int64_t k = 0; k < count; k++) ((float *)g.h)[k] = 1.0f;
+
+    int4_fit fit;
+    const float extreme = high > -low ? high : low;
+    if (asym) {
+        fit = (int4_fit){(high - low) / 15, low, 0};
+        if (search == GP_MSE && high > low) fit = NAME(search_asymmetric)(&g, low, high);
+    } else {
+        fit = (int4_fit){fabsf(extreme) / 7, 0, 0};
+        if (search == GP_MSE) fit = NAME(search_symmetric)(&g, extreme);
+    }
+    const int4_choice found = {gp_float_to_f16(fit.scale), gp_float_to_f16(fit.min)};
+    bool reached = fabsf(gp_f16_to_float(found.scale)) < INFINITY &&
+                   fabsf(gp_f16_to_float(found.min)) < INFINITY;
+    return reached ? found : unreachable;
+}
+
 /* Columns [k0, k1) of row r: its nibbles, and its scale (and minimum) as halves. */
 INLINE void NAME(quantize_group)(const gp_int4_quantize *a, int64_t r, int64_t k0, int64_t k1,
                                  uint8_t *q, uint16_t *halves)
 {
     const float *x = a->x + r * a->stride;
-    int4_group g;
-    float low = x[k0], high = x[k0], worst = 0;
-    for (int64_t k = k0; k < k1; k++) {
-        low = x[k] < low ? x[k] : low;
-        high = x[k] > high ? x[k] : high;
-        worst += x[k] * 0.0f; /* NaN if any is not finite */
-    }
+    const float *h = a->importance ? a->importance + k0 : NULL;
+    const int4_choice found = NAME(choose)(x + k0, h, k1 - k0, a->asym, a->search);
     const uint8_t zero = a->asym ? 0 : 8;
     memset(q, zero, (size_t)(k1 - k0));
-    halves[0] = halves[1] = worst != 0 || worst != worst ? 0x7e00 : 0;
-    if (worst != worst || (low == 0 && high == 0)) return;
-    g.n = (int)gp_ceil_div(k1 - k0, 16);
-    memset(g.x, 0, sizeof(g.x));
-    memset(g.h, 0, sizeof(g.h));
-    memcpy(g.x, x + k0, (size_t)(k1 - k0) * 4);
-    for (int64_t k = k0; k < k1; k++)
-        ((float *)g.h)[k - k0] = a->importance ? a->importance[k] : 1.0f;
-
-    gp_f16x total = {0};
-    for (int i = 0; i < g.n; i++) total += g.h[i];
-    if (!(NAME(sum)(total) > 0)) /* nothing is known of them: then all count alike */
-        for (int64_t k = 0; k < k1 - k0; k++) ((float *)g.h)[k] = 1.0f;
-
-    int4_fit fit;
-    const float extreme = high > -low ? high : low;
-    if (a->asym) {
-        fit = (int4_fit){(high - low) / 15, low, 0};
-        if (a->search == GP_MSE && high > low) fit = NAME(search_asymmetric)(&g, low, high);
-        halves[1] = gp_float_to_f16(fit.min);
-    } else {
-        fit = (int4_fit){fabsf(extreme) / 7, 0, 0};
-        if (a->search == GP_MSE) fit = NAME(search_symmetric)(&g, extreme);
-    }
-    halves[0] = gp_float_to_f16(fit.scale);
-    const float scale = gp_f16_to_float(halves[0]);
-    const float min = a->asym ? gp_f16_to_float(halves[1]) : 0;
-    if (!(fabsf(scale) < INFINITY && fabsf(min) < INFINITY)) halves[0] = 0x7e00;
-    if (scale == 0 || halves[0] == 0x7e00) return;
+    halves[0] = found.scale, halves[1] = found.min;
+    const float scale = gp_f16_to_float(found.scale), min = gp_f16_to_float(found.min);
+    if (scale == 0 || scale != scale) return;
     const float inverse = 1.0f / scale;
-    for (int i = 0; i < g.n; i++) {
-        gp_f16x v = NAME(grid)((g.x[i] - min) * inverse, -(float)zero, 15 - (float)zero);
-        for (int64_t k = 16 * i; k < gp_min(16 * i + 16, k1 - k0); k++)
-            q[k] = (uint8_t)(v[k - 16 * i] + zero);
+    for (int64_t k = 0; k < k1 - k0; k += 16) {
+        gp_f16x v = {0};
+        const int64_t n = gp_min(16, k1 - k0 - k);
+        memcpy(&v, x + k0 + k, (size_t)n * 4);
+        v = NAME(grid)((v - min) * inverse, -(float)zero, 15 - (float)zero);
+        for (int64_t i = 0; i < n; i++) q[k + i] = (uint8_t)(v[i] + zero);
     }
 }
 
@@ -207,6 +225,8 @@ TARGET static void NAME(int4_quantize_panel)(const gp_int4_quantize *a)
     }
 }
 
+#undef INLINE
+#include "gptq_template.h"
+
 #undef NAME
 #undef TARGET
-#undef INLINE

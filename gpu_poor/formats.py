@@ -24,12 +24,26 @@ class Format(Protocol):
     bits: int
     #: Whether a scale may be negative: the grid of 16 values has one more on one side.
     signed: bool
+    #: The integers of a weight; None where it is stored as floats, which leave nothing to choose.
+    levels: tuple[int, int] | None
+    #: Columns that share a scale; None: the whole row.
+    group: int | None
+    #: Whether a scale has a minimum beside it, which stands for the integer 0.
+    asymmetric: bool
 
     def storage(self, *shape: int) -> tuple[Storage, Storage]:
         """Shape and dtype of the stored weight and of its scale, for a weight ``[..., N, K]``."""
 
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The stored weight and scale of contiguous float rows ``[..., N, K]``."""
+
+    def encode(self, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The stored weight and scale of numbers chosen elsewhere.
+
+        Args:
+            levels: int8 ``[N, K]``.
+            scale: float32 ``[N, groups, 1 or 2]``: scales, and minima if asymmetric.
+        """
 
     def dequantize(self, weight: Tensor, scale: Tensor, shape, dtype: torch.dtype) -> Tensor:
         """The weight ``[..., N, K]``."""
@@ -76,12 +90,18 @@ class Int8:
     name: str = "int8"
     bits: int = 8
     signed: bool = False
+    levels: tuple[int, int] = (-127, 127)
+    group: None = None
+    asymmetric: bool = False
 
     def storage(self, *shape: int) -> tuple[Storage, Storage]:
         return (tuple(shape), torch.int8), (tuple(shape[:-1]), torch.float32)
 
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return ops.int8_quantize(rows)
+
+    def encode(self, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return levels.contiguous(), scale[:, 0, 0].contiguous()
 
     def dequantize(self, weight: Tensor, scale: Tensor, shape, dtype: torch.dtype) -> Tensor:
         return ops.int8_dequantize(weight, scale, dtype)
@@ -108,6 +128,10 @@ class Int4:
     bits: int = 4
     signed: bool = True
 
+    @property
+    def levels(self) -> tuple[int, int]:
+        return (0, 15) if self.asymmetric else (-8, 7)
+
     def storage(self, *shape: int) -> tuple[Storage, Storage]:
         *leading, n, k = shape
         weight, scale = ops.int4_shapes(n, k, self.group, self.asymmetric)
@@ -118,6 +142,9 @@ class Int4:
             return ops.int4_quantize(rows, self.group, self.asymmetric)
         pairs = [self.quantize(matrix) for matrix in rows]
         return tuple(torch.stack(part) for part in zip(*pairs, strict=True))
+
+    def encode(self, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.int4_encode(levels, scale, self.group)
 
     def dequantize(self, weight: Tensor, scale: Tensor, shape, dtype: torch.dtype) -> Tensor:
         if len(shape) == 2:

@@ -13,11 +13,13 @@ const gp_impl gp_impl_int4_quantize_avx2 = {
     .name = "avx2",
     .needs = GP_CPU_AVX2,
     .int4_quantize_panel = int4_quantize_panel_avx2,
+    .gptq_panel = gptq_panel_avx2,
 };
 
 const gp_impl gp_impl_int4_quantize_avx512 = {
     .name = "avx512_vnni",
     .needs = GP_CPU_AVX512_VNNI,
     .int4_quantize_panel = int4_quantize_panel_avx512,
+    .gptq_panel = gptq_panel_avx512,
 };
 #endif

@@ -8,9 +8,11 @@ Letters: M rows (tokens), N out features, K in features, G group size, P panels 
 """
 
 from gpu_poor.ops.common import ACTIVATIONS, FLOATS, Q_MAX
+from gpu_poor.ops.gptq import gptq
 from gpu_poor.ops.int4 import (
     int4_dequantize,
     int4_embedding,
+    int4_encode,
     int4_linear,
     int4_quantize,
     int4_shapes,
@@ -23,9 +25,11 @@ __all__ = [
     "FLOATS",
     "Q_MAX",
     "channel_stats",
+    "gptq",
     "gram_",
     "int4_dequantize",
     "int4_embedding",
+    "int4_encode",
     "int4_linear",
     "int4_quantize",
     "int4_shapes",

@@ -327,6 +327,30 @@ def int4_quantize(
     return torch.ops.gpu_poor.int4_quantize(weight, group, asymmetric, search, importance)
 
 
+def int4_encode(levels: Tensor, scale: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Numbers that were chosen elsewhere, as they are stored.
+
+    Args:
+        levels: ``[n, k]`` of an integer dtype: -8 to 7, or 0 to 15 if there is a minimum.
+        scale: ``[n, groups, 1 or 2]`` of a float dtype: scales (and minima), rounded to float16.
+
+    Raises:
+        ValueError: a level is out of range.
+    """
+    n, k = levels.shape
+    (panels, blocks, _), (_, groups, parts, _) = int4_shapes(n, k, group, scale.shape[2] == 2)
+    if scale.shape != (n, groups, parts):
+        raise ValueError(f"scale must be [{n}, {groups}, 1 or 2], got {tuple(scale.shape)}")
+    zero = 0 if parts == 2 else 8
+    q = levels.to(torch.int16) + zero
+    if q.numel() and not (0 <= int(q.min()) and int(q.max()) <= 15):
+        raise ValueError(f"levels must be {-zero} to {15 - zero}")
+    padding = (0, blocks * BLOCK - k, 0, panels * ROWS - n)
+    stored = F.pad(scale.half(), (0, 0, 0, 0, 0, panels * ROWS - n))
+    stored = stored.view(panels, ROWS, groups, parts).permute(0, 2, 3, 1).contiguous()
+    return _pack(F.pad(q.to(torch.uint8), padding, value=zero)), stored
+
+
 def int4_dequantize(
     weight: Tensor, scale: Tensor, group: int, n: int, k: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:

@@ -1,0 +1,214 @@
+"""Norms and the linears that alone read them: where a factor can move without changing the model.
+
+    linear(norm(x)) = (W diag(f)) (gain / f * n(x))        and a bias of the norm alike
+
+Found by running a copy of the model without data (on the meta device) and watching every operator
+that touches a norm's output, so that no table of architectures is needed: a norm counts if only
+linears that will be quantized read it. How a norm uses its weight, as a gain or as a gain minus
+one (Gemma), is tried out on a small copy.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gpu_poor.nn import KINDS
+from gpu_poor.plan import Plan
+
+
+@dataclass
+class Fold:
+    """A norm, how it uses its weight, and the linears that read it."""
+
+    norm: str
+    #: The gain is the weight plus this: 0, or 1 for Gemma.
+    offset: float
+    linears: tuple[str, ...]
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """Float32 ``[K]`` of the norm's weight."""
+        return weight.detach().float() + self.offset
+
+    def folded(self, norm: nn.Module, factors: Tensor) -> dict[str, nn.Parameter]:
+        """The norm's parameters once its output is divided by ``factors``."""
+        new = {"weight": self.gain(norm.weight) / factors - self.offset}
+        if getattr(norm, "bias", None) is not None:
+            new["bias"] = norm.bias.detach().float() / factors
+        return {
+            name: nn.Parameter(
+                value.to(getattr(norm, name).dtype), getattr(norm, name).requires_grad
+            )
+            for name, value in new.items()
+        }
+
+
+def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
+    """The folds of a model, in the order in which its norms run.
+
+    Raises:
+        RuntimeError: the model cannot be run without data, so nothing is known of it.
+    """
+    linears = {
+        name: target
+        for target in plan.targets
+        for name in target.names
+        if issubclass(target.kind, KINDS["linear"])
+    }
+    twin = without_data(model)
+    norms = dict(_norms(twin))
+    if not norms or not linears:
+        return []
+    inputs = _token_inputs(model)
+    watch = _Watch()
+    handles = []
+    for name, module in twin.named_modules():
+        if name in norms:
+            handles.append(module.register_forward_hook(_after_norm(watch, name)))
+        elif name in linears:
+            handles.append(module.register_forward_pre_hook(_before_linear(watch, name)))
+            handles.append(module.register_forward_hook(_after_linear(watch)))
+    try:
+        with torch.no_grad(), watch:
+            twin.eval()(**inputs)
+    except Exception as error:  # whatever a model does not like about tensors without data
+        raise RuntimeError(f"{type(model).__name__} cannot be run without data: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    folds, barred = [], _tied(plan)
+    if hasattr(model, "get_output_embeddings"):  # what it reads is the model's hidden state
+        barred.add(id(model.get_output_embeddings()))
+    for name, readers in watch.readers.items():
+        spoiled = name in watch.spoiled or not readers or watch.runs[name] != 1
+        if spoiled or any(id(linears[r].module) in barred for r in readers):
+            continue
+        if (offset := gain_offset(model.get_submodule(name))) is not None:
+            folds.append(Fold(name, offset, tuple(dict.fromkeys(readers))))
+    return folds
+
+
+def without_data(module: nn.Module) -> nn.Module:
+    """A bfloat16 copy on the meta device: torch's grouped matmul of experts knows no other dtype there."""
+    tensors = [*module.parameters(), *module.buffers()]
+    memo = {}
+    for tensor in tensors:
+        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty_like(tensor, device="meta", dtype=dtype)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty
+    return copy.deepcopy(module, memo)
+
+
+def gain_offset(norm: nn.Module) -> float | None:
+    """0 if a norm multiplies by its weight, 1 if by its weight plus one, None if by neither."""
+    memo = {id(p): nn.Parameter(torch.rand(p.shape) + 0.5, False) for p in norm.parameters()}
+    try:
+        before = copy.deepcopy(norm, memo).to("cpu")
+        k = before.weight.shape[0]
+        x = torch.linspace(-2, 3, 2 * k).cos().view(2, k)
+        factors = torch.arange(k).remainder(3).float().exp2()
+        for offset in (0.0, 1.0):
+            after = copy.deepcopy(before)
+            for name, value in Fold("", offset, ()).folded(before, factors).items():
+                setattr(after, name, value)
+            if torch.allclose(after(x) * factors, before(x), rtol=1e-4, atol=1e-5):
+                return offset
+    except Exception:  # a norm that takes more than x, or is none after all
+        return None
+    return None
+
+
+def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with a vector for a weight, and with no more than a bias beside it."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if (
+            weight is not None
+            and weight.dim() == 1
+            and set(module._parameters) <= {"weight", "bias"}
+            and not list(module.children())
+        ):
+            yield name, module
+
+
+def _tied(plan: Plan) -> set[int]:
+    """Modules whose weight another module has too: it may not be multiplied for one of them."""
+    users: dict[int, list[int]] = {}
+    for module in [t.module for t in plan.targets] + [m for m, _ in plan.kept.values()]:
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(id(module))
+    return {module for group in users.values() if len(group) > 1 for module in group}
+
+
+def _token_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Arguments for one forward pass; empty for a module that is no transformers model."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise RuntimeError(f"{type(model).__name__} has no config: its inputs are unknown")
+    ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
+    inputs = {"input_ids": ids, "use_cache": False}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+class _Watch(TorchDispatchMode):
+    """Who reads the outputs of norms: linears are recorded, any other operator spoils."""
+
+    def __init__(self):
+        super().__init__()
+        #: ``{storage: norm}``, and the tensors themselves, so that no storage is used again.
+        self.outputs: dict[int, str] = {}
+        self.alive: list[Tensor] = []
+        self.readers: dict[str, list[str]] = {}
+        self.runs: dict[str, int] = {}
+        self.spoiled: set[str] = set()
+        self.inside: str | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            # A model asks what its mask or its positions are like: like nothing out of the ordinary.
+            return False if args[0].dtype == torch.bool else 0
+        out = func(*args, **(kwargs or {}))
+        read = {self.outputs.get(_storage(t)) for t in tree_leaves((args, kwargs))} - {None}
+        for norm in read - {self.inside}:
+            if any(self.outputs.get(_storage(t)) != norm for t in tree_leaves(out)):
+                self.spoiled.add(norm)
+        return out
+
+
+def _storage(value) -> int | None:
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def _after_norm(watch: _Watch, name: str):
+    def hook(module, args, output):
+        watch.runs[name] = watch.runs.get(name, 0) + 1
+        if isinstance(output, Tensor):
+            watch.outputs[_storage(output)] = name
+            watch.alive.append(output)
+            watch.readers.setdefault(name, [])
+
+    return hook
+
+
+def _before_linear(watch: _Watch, name: str):
+    def hook(module, args):
+        norm = watch.outputs.get(_storage(args[0])) if args else None
+        if norm is not None:
+            watch.readers[norm].append(name)
+            watch.inside = norm
+
+    return hook
+
+
+def _after_linear(watch: _Watch):
+    def hook(module, args, output):
+        watch.inside = None
+
+    return hook

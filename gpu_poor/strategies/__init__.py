@@ -1,0 +1,26 @@
+"""HOW the numbers of a quantized weight are chosen: see :mod:`gpu_poor.strategies.base`."""
+
+from gpu_poor.strategies import absmax, equalize, gptq, mse  # noqa: F401 - they register
+from gpu_poor.strategies.base import (
+    STRATEGIES,
+    Inputs,
+    Recipe,
+    Rounding,
+    Smoothing,
+    Strategies,
+    Strategy,
+    recipe,
+    register,
+)
+
+__all__ = [
+    "STRATEGIES",
+    "Inputs",
+    "Recipe",
+    "Rounding",
+    "Smoothing",
+    "Strategies",
+    "Strategy",
+    "recipe",
+    "register",
+]
