@@ -8,6 +8,7 @@ Letters: M rows (tokens), N out features, K in features, G group size, P panels 
 """
 
 from gpu_poor.ops.common import ACTIVATIONS, FLOATS, Q_MAX
+from gpu_poor.ops.half import half_linear
 from gpu_poor.ops.int4 import (
     int4_dequantize,
     int4_embedding,
@@ -24,6 +25,7 @@ __all__ = [
     "Q_MAX",
     "channel_stats",
     "gram_",
+    "half_linear",
     "int4_dequantize",
     "int4_embedding",
     "int4_linear",
