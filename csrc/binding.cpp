@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor> int8_quantize(const Tensor &weight)
     const char *in = static_cast<const char *>(w.data_ptr());
     int8_t *out = static_cast<int8_t *>(q.data_ptr());
     float *scales = static_cast<float *>(scale.data_ptr());
-    const int64_t size = type == GP_F32 ? 4 : 2;
+    const int64_t size = gp_size(type);
     std::atomic<bool> out_of_memory{false};
     parallel(n, 1, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
         std::unique_ptr<int16_t[]> fixed(new (std::nothrow) int16_t[static_cast<size_t>(K)]);
@@ -179,7 +179,7 @@ Tensor int8_dequantize(const Tensor &weight, const Tensor &scale, ScalarType dty
     const int8_t *q = static_cast<const int8_t *>(w.data_ptr());
     const float *scales = static_cast<const float *>(s.data_ptr());
     char *out = static_cast<char *>(y.data_ptr());
-    const int64_t size = type == GP_F32 ? 4 : 2;
+    const int64_t size = gp_size(type);
     parallel(n, 1, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++)
             gp.int8_dequantize_row(q + i * K, scales[i], K, out + i * K * size, type);
@@ -231,7 +231,7 @@ Tensor int8_embedding(const Tensor &indices, const Tensor &weight, const Tensor 
     const int8_t *q = static_cast<const int8_t *>(w.data_ptr());
     const float *scales = static_cast<const float *>(s.data_ptr());
     char *out = static_cast<char *>(y.data_ptr());
-    const int64_t size = type == GP_F32 ? 4 : 2;
+    const int64_t size = gp_size(type);
     parallel(n, 1, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++)
             gp.int8_dequantize_row(q + index(i) * K, scales[index(i)], K, out + i * K * size,
@@ -305,7 +305,7 @@ std::tuple<Tensor, Tensor> int4_quantize(const Tensor &weight, int64_t group, bo
     const char *in = static_cast<const char *>(w.data_ptr());
     uint8_t *out = static_cast<uint8_t *>(q.data_ptr());
     uint16_t *scales = static_cast<uint16_t *>(scale.data_ptr());
-    const int64_t size = type == GP_F32 ? 4 : 2, per_panel = P ? scale.numel() / P : 0;
+    const int64_t size = gp_size(type), per_panel = P ? scale.numel() / P : 0;
     std::atomic<bool> out_of_memory{false};
     parallel(P, 1, static_cast<double>(100 * K), [&](int64_t begin, int64_t end) {
         std::unique_ptr<float[]> rows(new (std::nothrow)
@@ -336,7 +336,7 @@ std::tuple<Tensor, Tensor> int4_quantize(const Tensor &weight, int64_t group, bo
 template <class F>
 void int4_rows(const gp_int4_weight &w, int64_t n, gp_dtype type, void *y, const F &index)
 {
-    const int64_t size = type == GP_F32 ? 4 : 2;
+    const int64_t size = gp_size(type);
     char *out = static_cast<char *>(y);
     parallel(n, 1, static_cast<double>(w.K * size), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++)
@@ -361,7 +361,7 @@ const float *float_rows(const Tensor &x, gp_dtype type, int64_t M, int64_t K, in
     if (type == GP_F32 && K == K_pad) return static_cast<const float *>(x.data_ptr());
     float *rows = scratch.take<float>(M * K_pad);
     const char *in = static_cast<const char *>(x.data_ptr());
-    const int64_t size = type == GP_F32 ? 4 : 2;
+    const int64_t size = gp_size(type);
     parallel(M, 1, static_cast<double>(K * 4), [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; m++) {
             gp.to_float_row(in + m * K * size, type, K, rows + m * K_pad);
@@ -389,7 +389,7 @@ void quantize_tokens(const Tensor &x, gp_dtype type, int64_t M, int64_t K, int64
                      int8_t *q, float *scale, int32_t *sum, const F &after)
 {
     const char *in = static_cast<const char *>(x.data_ptr());
-    const int64_t size = type == GP_F32 ? 4 : 2;
+    const int64_t size = gp_size(type);
     parallel(M, 16, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; m++) {
             int8_t *row = q + m * planes * K_pad;
@@ -479,11 +479,35 @@ Tensor int8_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale
     const float *w_scale = static_cast<const float *>(s.data_ptr());
     if (activation_bits == 32)
         float_linear(x, type,
-                     {M, N, K, K_pad, nullptr, q, w_scale, b.data, y.data_ptr(), type});
+                     {M, N, K, K_pad, nullptr, q, GP_I8, w_scale, b.data, y.data_ptr(), type});
     else
         integer_linear(x, type,
                        {M, N, K, K_pad, activation_bits == 8 ? 1 : 2, nullptr, nullptr, nullptr,
                         nullptr, q, w_scale, b.data, y.data_ptr(), type});
+    return y;
+}
+
+/* 16-bit weights [N, K]: float activations in every mode. */
+Tensor half_linear(const Tensor &x_in, const Tensor &weight, const std::optional<Tensor> &bias)
+{
+    const char *op = "half_linear";
+    const gp_dtype w_type = float_type(weight.scalar_type(), op, "weight");
+    STD_TORCH_CHECK(w_type != GP_F32 && weight.dim() == 2, op,
+                    ": weight must be bfloat16 or float16 [N, K], got shape ", shape_of(weight));
+    STD_TORCH_CHECK(x_in.dim() >= 1 && x_in.size(-1) == weight.size(1), op, ": x ", shape_of(x_in),
+                    " does not end in K of weight [N, K] ", shape_of(weight));
+    STD_TORCH_CHECK(x_in.is_cpu() && weight.is_cpu(), op, ": all tensors must be on one device");
+    const gp_dtype type = float_type(x_in.scalar_type(), op, "x");
+    const int64_t N = weight.size(0), K = weight.size(1);
+    Tensor x = dense(x_in), w = dense(weight);
+    std::vector<int64_t> sizes = leading(x);
+    const int64_t M = product(sizes);
+    sizes.push_back(N);
+    Tensor y = new_tensor(sizes, x.scalar_type());
+    const Bias b(op, bias, N);
+    if (M == 0 || N == 0) return y;
+    float_linear(x, type, {M, N, K, round_up(K, GP_K_ALIGN), nullptr, w.data_ptr(), w_type, nullptr,
+                           b.data, y.data_ptr(), type});
     return y;
 }
 
@@ -683,6 +707,7 @@ STABLE_TORCH_LIBRARY(gpu_poor, m)
           "int activation_bits) -> Tensor");
     m.def("int8_embedding(Tensor indices, Tensor weight, Tensor scale, ScalarType dtype)"
           " -> Tensor");
+    m.def("half_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
     m.def("int4_quantize(Tensor weight, int group, bool asymmetric, bool search, "
           "Tensor? importance) -> (Tensor, Tensor)");
     m.def("int4_dequantize(Tensor weight, Tensor scale, int group, int n, int k, ScalarType dtype)"
@@ -703,6 +728,7 @@ STABLE_TORCH_LIBRARY_IMPL(gpu_poor, CPU, m)
     m.impl("int8_dequantize", TORCH_BOX(&int8_dequantize));
     m.impl("int8_linear", TORCH_BOX(&int8_linear));
     m.impl("int8_embedding", TORCH_BOX(&int8_embedding));
+    m.impl("half_linear", TORCH_BOX(&half_linear));
     m.impl("int4_quantize", TORCH_BOX(&int4_quantize));
     m.impl("int4_dequantize", TORCH_BOX(&int4_dequantize));
     m.impl("int4_linear", TORCH_BOX(&int4_linear));

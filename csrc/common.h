@@ -83,7 +83,9 @@ GP_INLINE void gp_choose_clip(int64_t xq, int64_t qq, int clip, double *best, do
 GP_INLINE float gp_load(const void *x, gp_dtype type, int64_t i)
 {
     if (type == GP_F32) return ((const float *)x)[i];
-    uint16_t h = ((const uint16_t *)x)[i];
+    if (type == GP_I8) return ((const int8_t *)x)[i];
+    uint16_t h;
+    memcpy(&h, (const char *)x + 2 * i, 2); /* weights have any alignment */
     return type == GP_BF16 ? gp_bf16_to_float(h) : gp_f16_to_float(h);
 }
 

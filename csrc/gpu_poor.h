@@ -16,7 +16,8 @@
 extern "C" {
 #endif
 
-typedef enum { GP_F32, GP_BF16, GP_F16 } gp_dtype;
+typedef enum { GP_F32, GP_BF16, GP_F16, GP_I8 } gp_dtype; /* GP_I8: of weights only */
+static inline int64_t gp_size(gp_dtype type) { return type == GP_F32 ? 4 : type == GP_I8 ? 1 : 2; }
 
 /* Activations are stored in rows padded with zeros to this many elements, so that no kernel needs
  * a masked load of them: 64 bytes is one AVX-512 vector, one AMX tile row. */
@@ -59,9 +60,10 @@ typedef struct {
 typedef struct {
     int64_t M, N, K;
     int64_t K_pad;
-    const float *x; /* [M][K_pad], zero beyond K */
-    const int8_t *w;
-    const float *w_scale;
+    const float *x;       /* [M][K_pad], zero beyond K */
+    const void *w;        /* [N][K], any alignment */
+    gp_dtype w_type;      /* GP_I8, GP_BF16 or GP_F16 */
+    const float *w_scale; /* [N], or NULL: 1 */
     const float *bias;
     void *y;
     gp_dtype y_type;

@@ -122,8 +122,8 @@ static void float_linear_ref(const gp_float_linear *a, int64_t n0, int64_t n1)
         for (int64_t n = n0; n < n1; n++) {
             double t = 0;
             for (int64_t k = 0; k < a->K; k++)
-                t += (double)a->x[m * a->K_pad + k] * a->w[n * a->K + k];
-            float y = (float)t * a->w_scale[n];
+                t += (double)a->x[m * a->K_pad + k] * gp_load(a->w, a->w_type, n * a->K + k);
+            float y = a->w_scale ? (float)t * a->w_scale[n] : (float)t;
             if (a->bias) y += a->bias[n];
             gp_store(a->y, a->y_type, m * a->N + n, y);
         }

@@ -1,14 +1,16 @@
 """WHAT is stored: the forms that a weight ``[..., N, K]`` can take, in one registry.
 
-A form with fewer than 16 bits stores a weight in two tensors, ``weight`` and ``weight_scale``; how
-the scales are chosen is not its business. Everything that depends on the form goes through its
-:class:`Format`: modules, plans, files. Adding one is one ``register`` here.
+A form stores a weight as ``weight`` and, if it has scales, ``weight_scale``; how the scales are
+chosen is not its business. Everything that depends on the form goes through its :class:`Format`:
+modules, plans, files. Adding one is one ``register`` here.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_poor import ops
@@ -31,21 +33,28 @@ class Format(Protocol):
     #: Whether a scale has a minimum beside it, which stands for the integer 0.
     asymmetric: bool
 
-    def storage(self, *shape: int) -> tuple[Storage, Storage]:
-        """Shape and dtype of the stored weight and of its scale, for a weight ``[..., N, K]``."""
+    def storage(self, *shape: int) -> tuple[Storage, Storage | None]:
+        """Shape and dtype of the stored weight and of its scale, for a weight ``[..., N, K]``.
 
-    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The stored weight and scale of contiguous float rows ``[..., N, K]``."""
+        None in place of the scale says that there is none; then it is None everywhere below too.
+        """
+
+    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The stored weight and scale of contiguous float rows ``[..., N, K]``.
+
+        What is not finite in the rows, or out of range, is not finite in the scale, or, where
+        there is none, in the weight. The weight may be the rows themselves.
+        """
 
     def encode(self, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The stored weight and scale of numbers chosen elsewhere.
+        """The stored weight and scale of numbers chosen elsewhere; not where ``levels`` is None.
 
         Args:
             levels: int8 ``[N, K]``.
             scale: float32 ``[N, groups, 1 or 2]``: scales, and minima if asymmetric.
         """
 
-    def dequantize(self, weight: Tensor, scale: Tensor, shape, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, weight: Tensor, scale: Tensor | None, shape, dtype: torch.dtype) -> Tensor:
         """The weight ``[..., N, K]``."""
 
     def linear(self, x, weight, scale, bias, n: int, activation_bits: int) -> Tensor:
@@ -75,12 +84,16 @@ def find(name: str) -> Format:
     return FORMATS[name]
 
 
+def tensors(form: Format, name: str, shape: tuple[int, ...]) -> dict[str, Storage]:
+    """``{tensor name: shape and dtype}`` of what stores the weight ``name``, ``[..., N, K]``."""
+    stored = zip((name, f"{name}_scale"), form.storage(*shape), strict=True)
+    return {key: storage for key, storage in stored if storage is not None}
+
+
 def stored_bytes(form: Format, *shape: int) -> int:
     """Bytes of a weight ``[..., N, K]``: padding and scales included."""
-    total = 0
-    for sizes, dtype in form.storage(*shape):
-        total += torch.Size(sizes).numel() * dtype.itemsize
-    return total
+    stored = tensors(form, "weight", shape).values()
+    return sum(math.prod(sizes) * dtype.itemsize for sizes, dtype in stored)
 
 
 @dataclass(frozen=True)
@@ -159,16 +172,56 @@ class Int4:
         return ops.int4_embedding(indices, weight, scale, self.group, *shape, dtype)
 
 
+@dataclass(frozen=True)
+class Half:
+    """16-bit floats as they are: no scales, and float activations whatever the mode."""
+
+    name: str
+    dtype: torch.dtype
+    bits: int = 16
+    signed: bool = False
+    levels: None = None
+    group: None = None
+    asymmetric: bool = False
+
+    def storage(self, *shape: int) -> tuple[Storage, None]:
+        return (tuple(shape), self.dtype), None
+
+    def quantize(self, rows: Tensor) -> tuple[Tensor, None]:
+        return rows.to(self.dtype), None
+
+    def dequantize(self, weight: Tensor, scale: None, shape, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype)
+
+    def linear(self, x, weight, scale, bias, n: int, activation_bits: int) -> Tensor:
+        return ops.half_linear(x, weight, bias)
+
+    def embedding(self, indices, weight, scale, shape, dtype: torch.dtype) -> Tensor:
+        return F.embedding(indices, weight).to(dtype)
+
+
 INT8 = register(Int8())
 for _group in (32, 64, 128):
     register(Int4(f"int4_g{_group}", _group, asymmetric=False))
     register(Int4(f"int4_g{_group}_asym", _group, asymmetric=True))
 
+register(Half("bf16", torch.bfloat16))
+register(Half("fp16", torch.float16))
+
 #: ``{bits: (format of a matrix, format where few bits cost most)}``; the latter is the head, whose
 #: four bits made the KL divergence a quarter to four times larger (docs/kernels.md).
-DEFAULTS = {8: ("int8", "int8"), 4: ("int4_g64_asym", "int8")}
+DEFAULTS = {16: ("bf16", "bf16"), 8: ("int8", "int8"), 4: ("int4_g64_asym", "int8")}
+#: What an override says of a module that is to stay as it is.
+FLOAT = (32, "fp32")
 
 
 def default(bits: int, sensitive: bool) -> Format:
     """What ``bits`` stands for."""
     return FORMATS[DEFAULTS[bits][sensitive]]
+
+
+def named(wanted: int | str) -> Format | None:
+    """What an override means by bits or a name; None: stay in float."""
+    if wanted in FLOAT:
+        return None
+    return FORMATS[wanted] if isinstance(wanted, str) else default(wanted, sensitive=False)

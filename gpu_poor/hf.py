@@ -35,7 +35,7 @@ from gpu_poor.hf_load import (
     check_files,
     check_loaded,
     float_parameters,
-    keep_int8,
+    keep_stored_dtypes,
     read_headers,
     saved_targets,
     swap_skeleton,
@@ -200,9 +200,9 @@ class GpuPoorQuantizer(HfQuantizer):
                 check_reduction(model, plan)
             targets = plan.targets
             self._before, self._kept = memory.by_class(model), plan.kept_groups()
-        swap_skeleton(model, targets, config, torch.int8 if self.pre_quantized else None)
+        swap_skeleton(model, targets, config, stored_dtypes=self.pre_quantized)
         if self.pre_quantized and checkpoint_files is not None:
-            keep_int8(model)
+            keep_stored_dtypes(model)
             check_files(model, header, listed)
         self._floats = float_parameters(model)
         return model
@@ -334,20 +334,31 @@ def _attach_one(model: nn.Module, quantizer: GpuPoorQuantizer) -> None:
     # entry per expert would double the memory of a load, which has to merge them again.
     model._weight_conversions = []
     model.resize_token_embeddings = refuse_resize
-    if not any(parameter.is_floating_point() for parameter in model.parameters()):
-        module = next(m for m in model.modules() if isinstance(m, QuantizedModule))
-        model.add_module(FLOAT, EmptyFloat(module.dtype, module.weight.device))
+    _tell_dtype(model)
 
 
 #: The name of an :class:`EmptyFloat` in a model.
 FLOAT = "gpu_poor_float"
 
 
-class EmptyFloat(nn.Module):
-    """A float parameter without elements, for models that have no other: OLMo's norms and linears.
+def _tell_dtype(model: nn.Module) -> None:
+    """See that the first float parameter of a model, which ``model.dtype`` is taken from, is right.
 
-    ``model.dtype`` is that of the first float parameter. It is in no state_dict.
+    It may be a 16-bit weight, or there may be none: OLMo's norms and linears have no others.
     """
+    quantized = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    weights = {id(getattr(m, name)) for m in quantized for name in m.weight_names}
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if quantized and (first is None or id(first) in weights):
+        device = getattr(quantized[0], quantized[0].weight_names[0]).device
+        children = dict(model._modules)
+        model._modules.clear()
+        model.add_module(FLOAT, EmptyFloat(quantized[0].dtype, device))
+        model._modules.update(children)
+
+
+class EmptyFloat(nn.Module):
+    """A float parameter without elements, that a model has its dtype from. In no state_dict."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         super().__init__()

@@ -19,7 +19,12 @@ from gpu_poor.quantize import check_finite, swap
 METHOD = "gpu-poor"
 
 #: What safetensors calls the dtypes that a format stores.
-FILE_DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
+FILE_DTYPES = {
+    torch.int8: "I8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
 
 
 def saved_targets(model: nn.Module, config) -> list[Target]:
@@ -113,20 +118,20 @@ def tie_skeleton(model: nn.Module, ties: dict[str, str] | None) -> None:
             setattr(model.get_submodule(module_name), leaf, model.get_parameter(source))
 
 
-def swap_skeleton(
-    model: nn.Module, targets: list[Target], config, dtype: torch.dtype | None
-) -> None:
+def swap_skeleton(model: nn.Module, targets: list[Target], config, stored_dtypes: bool) -> None:
     """Swap the modules of a skeleton without data for quantized ones without data.
 
     Args:
-        dtype: of their weights until the real ones come; None keeps the float one. Before 5.6 or
-            so transformers casts what it reads to this, also what it will have quantized.
+        stored_dtypes: the weights have the dtypes of their formats, else that of the float weight
+            until the real ones come. Before 5.6 or so transformers casts what it reads to this,
+            also what it will have quantized.
     """
     stored = {}
     for target in targets:
         for name, weight in target.weights().items():
             shape = target.rows()[name].shape
-            nothing = empty(target.form, shape, weight.device, dtype or weight.dtype)
+            dtype = None if stored_dtypes else weight.dtype
+            nothing = empty(target.form, shape, weight.device, dtype)
             parameter = nn.Parameter(nothing.weight, requires_grad=False)
             stored.setdefault(id(weight), nothing._replace(weight=parameter))
     swap(model, targets, stored, config.activation)
@@ -136,28 +141,28 @@ def swap_skeleton(
     share_scales(model)
 
 
-def keep_int8(model: nn.Module) -> None:
-    """Exempt int8 weights from what a model wants in float32, such as T5's ``wo``.
+def keep_stored_dtypes(model: nn.Module) -> None:
+    """Exempt quantized weights from what a model wants in float32, such as T5's ``wo``.
 
     Early transformers casts by that list of name parts, whatever is in the file; later does not.
     """
     plan = getattr(model, "dtype_plan", None) or {}
-    names = (
-        f"{name}.{weight}$"  # it is taken as a regular expression
+    dtypes = {
+        f"{name}.{weight}$": getattr(module, weight).dtype  # taken as a regular expression
         for name, module in model.named_modules()
         if isinstance(module, QuantizedModule)
         for weight in module.weight_names
-    )
-    if found := [name for name in names if any(part in name for part in plan)]:
-        model.dtype_plan = dict.fromkeys(found, torch.int8) | plan  # the first that matches
+    }
+    if found := {name: dtypes[name] for name in dtypes if any(part in name for part in plan)}:
+        model.dtype_plan = found | plan  # the first that matches
 
 
 def check_files(model: nn.Module, header: dict, listed: Iterable[str]) -> None:
-    """Check that the files hold every int8 weight and scale of a skeleton, and no others.
+    """Check that the files hold every quantized weight and scale of a skeleton, and no others.
 
     Args:
         header: of :func:`read_headers`.
-        listed: the names of the modules that are int8 in the files.
+        listed: the names of the modules that are quantized in the files.
 
     Raises:
         ValueError: a tensor is missing, or has another dtype or shape, or is of no listed module.
@@ -180,8 +185,8 @@ def check_files(model: nn.Module, header: dict, listed: Iterable[str]) -> None:
         if not isinstance(module, QuantizedModule) or module_name in tied:
             continue
         for name in module.weight_names:
-            storage = module.formats[name].storage(*module.shapes[name])
-            for key, (shape, dtype) in zip((name, f"{name}_scale"), storage, strict=True):
+            stored = formats.tensors(module.formats[name], name, module.shapes[name])
+            for key, (shape, dtype) in stored.items():
                 full = f"{module_name}.{key}"
                 found = next((header[c] for c in candidates(model, full) if c in header), None)
                 expected = FILE_DTYPES[dtype], shape
@@ -221,7 +226,7 @@ def read_headers(files: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]
 
 
 def check_complete(model: nn.Module, scales: bool) -> None:
-    """Check that transformers has loaded every int8 weight (and scale) and filled in none.
+    """Check that transformers has loaded every quantized weight (and scale) and filled in none.
 
     It marks the tensors that it has loaded. If it marks none, this check cannot tell.
 
@@ -234,7 +239,8 @@ def check_complete(model: nn.Module, scales: bool) -> None:
             for name in module.weight_names:
                 found[f"{module_name}.{name}"] = getattr(module, name)
                 scale = f"{name}_scale"
-                if scales and scale not in module._non_persistent_buffers_set:
+                own = module._buffers[scale] is not None
+                if scales and own and scale not in module._non_persistent_buffers_set:
                     found[f"{module_name}.{scale}"] = getattr(module, scale)
     marked = {name for name, tensor in found.items() if hasattr(tensor, "_is_hf_initialized")}
     if marked and (lacking := sorted(set(found) - marked)):
@@ -269,18 +275,17 @@ def check_loaded(model: nn.Module, floats: set[str]) -> None:
         if not isinstance(module, QuantizedModule):
             continue
         for name in module.weight_names:
-            weight, scale = getattr(module, name), getattr(module, f"{name}_scale")
-            full, form = f"{module_name}.{name}", module.formats[name]
-            (shape, dtype), (scale_shape, scale_dtype) = form.storage(*module.shapes[name])
-            if (weight.dtype, weight.shape) != (dtype, shape) or weight.device.type == "meta":
-                raise ValueError(
-                    f"{full} is {weight.dtype} {tuple(weight.shape)} on {weight.device}, expected "
-                    f"{dtype} {shape}"
-                )
-            if (scale.dtype, scale.shape) != (scale_dtype, scale_shape):
-                raise ValueError(f"{full}_scale is {scale.dtype} {tuple(scale.shape)}")
-            if not form.signed and not bool((scale >= 0).all()):
-                raise ValueError(f"{full}_scale holds a negative number or a NaN")
-            if not bool(torch.isfinite(scale).all()):
-                raise ValueError(f"{full}_scale holds a NaN or an infinity")
+            form = module.formats[name]
+            stored = formats.tensors(form, name, module.shapes[name])
+            for key, (shape, dtype) in stored.items():
+                tensor, full = getattr(module, key), f"{module_name}.{key}"
+                if (tensor.dtype, tensor.shape) != (dtype, shape) or tensor.device.type == "meta":
+                    raise ValueError(
+                        f"{full} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+                        f"expected {dtype} {shape}"
+                    )
+                if key != name and not form.signed and not bool((tensor >= 0).all()):
+                    raise ValueError(f"{full} holds a negative number or a NaN")
+                if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+                    raise ValueError(f"{full} holds a NaN or an infinity")
     check_finite((n, p.detach()) for n, p in model.named_parameters() if p.device.type != "meta")

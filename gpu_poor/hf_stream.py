@@ -23,7 +23,7 @@ TRIM_BYTES = 1 << 29
 
 
 def is_quantized_weight(model: nn.Module, name: str) -> bool:
-    """Whether a parameter name is that of an int8 weight."""
+    """Whether a parameter name is that of a quantized weight."""
     module_name, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(module_name)
@@ -64,8 +64,10 @@ class Incoming:
         if self.bytes_since_trim > TRIM_BYTES:
             self.bytes_since_trim = 0
             memory.trim()
-        parameter = nn.Parameter(stored.weight, requires_grad=False)
-        return {full_name: parameter, f"{full_name}_scale": stored.scale}
+        found = {full_name: nn.Parameter(stored.weight, requires_grad=False)}
+        if stored.scale is not None:
+            found[f"{full_name}_scale"] = stored.scale
+        return found
 
     def _whole(self, name: str, rows: Tensor, form: Format, shape: tuple[int, ...]) -> Stored:
         if tuple(rows.shape) != tuple(shape):
@@ -77,7 +79,7 @@ class Incoming:
             )
             return _zeros(form, shape)
         stored = quantize_rows(rows, form)
-        if not bool(torch.isfinite(stored.scale).all()):
+        if not stored.is_finite():
             self.errors.append(not_finite(name))
         return stored
 
@@ -97,8 +99,7 @@ class Incoming:
             for projection in value:  # let go of each once it is quantized
                 projection[expert] = None
             rows = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            one = self._whole(f"{name}[{expert}]", rows, form, shape[1:])
-            stored.weight[expert], stored.scale[expert] = one.weight, one.scale
+            stored.put(expert, self._whole(f"{name}[{expert}]", rows, form, shape[1:]))
             for piece in pieces:
                 memory.drop_file_pages(piece)
         return stored
@@ -106,8 +107,9 @@ class Incoming:
 
 def _zeros(form: Format, shape: tuple[int, ...]) -> Stored:
     stored = empty(form, shape, "cpu")
-    stored.weight.zero_()
-    stored.scale.zero_()
+    for tensor in stored[:2]:
+        if tensor is not None:
+            tensor.zero_()
     return stored
 
 

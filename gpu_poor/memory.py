@@ -27,8 +27,10 @@ def address(tensor: Tensor) -> tuple:
     return (str(tensor.device), tensor.data_ptr())
 
 
-def identity(tensor: Tensor) -> tuple:
+def identity(tensor: Tensor | None) -> tuple:
     """Equal for tensors that are the same numbers in the same memory: one weight, when tied."""
+    if tensor is None:
+        return ()
     if tensor.layout is not torch.strided:
         return address(tensor)
     return (*address(tensor), tensor.dtype, tensor.shape, tensor.stride())

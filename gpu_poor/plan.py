@@ -15,12 +15,15 @@ from gpu_poor.readers import read_by_owner
 #: 75 % of float32 and 50 % of 16 bit minus the scales; a model that keeps more than this in float
 #: is not what "quantized" promises.
 LEAST_REDUCTION = {8: 0.70, 4: 0.70, 2: 0.40}
+#: The same where 16 bits have been asked for: half of float32.
+LEAST_REDUCTION_16 = {8: 0.70, 4: 0.45, 2: 0.0}
 
 #: The reason that needs no explanation: norms and the like.
 NO_MATRIX = "vectors, no matrix"
 
 Patterns = str | Sequence[str] | None
-#: ``{pattern: bits or name of a format}``; of several that match a module the last one counts.
+#: ``{pattern: bits or name of a format; 32 or "fp32" for none}``; of several that match a module
+#: the last one counts.
 Overrides = dict[str, int | str] | None
 
 
@@ -61,6 +64,7 @@ class Kept:
 class Plan:
     """Targets, and ``{name: (module, reason)}`` of the modules with parameters that stay."""
 
+    bits: int = 8
     targets: list[Target] = field(default_factory=list)
     kept: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
 
@@ -163,7 +167,7 @@ def make_plan(
             f"{type(model).__name__} is itself a layer: put it into a container, for instance "
             "torch.nn.Sequential(layer), so that it can be replaced in place"
         )
-    plan = Plan()
+    plan = Plan(bits)
     read = read_by_owner(model)
     for module, aliases in modules.values():
         if not any(p is not None for p in module._parameters.values()):
@@ -199,16 +203,17 @@ def check_formats(bits: int, overrides: Overrides) -> None:
     for pattern, wanted in (overrides or {}).items():
         if not isinstance(pattern, str):
             raise ValueError(f"overrides: a pattern is a string, got {pattern!r:.80}")
-        named = isinstance(wanted, str) and wanted in formats.FORMATS
-        if not named and not (type(wanted) is int and wanted in formats.DEFAULTS):
+        known = (*formats.DEFAULTS, *formats.FORMATS, *formats.FLOAT)
+        if type(wanted) not in (int, str) or wanted not in known:
             raise ValueError(
-                f"overrides: {pattern!r} asks for {wanted!r}; known are bits {_known_bits()} and "
-                f"the formats {', '.join(formats.FORMATS)}"
+                f"overrides: {pattern!r} asks for {wanted!r}; known are bits {_known_bits()}, 32 "
+                f"and the formats {', '.join(formats.FORMATS)}, fp32"
             )
 
 
 def _known_bits() -> str:
-    return " or ".join(str(bits) for bits in sorted(formats.DEFAULTS))
+    *most, last = (str(bits) for bits in sorted(formats.DEFAULTS))
+    return f"{', '.join(most)} or {last}"
 
 
 def _choose_formats(model: nn.Module, plan: Plan, bits: int, overrides: Overrides) -> None:
@@ -232,14 +237,19 @@ def _choose_formats(model: nn.Module, plan: Plan, bits: int, overrides: Override
             raise ValueError(f"overrides: {' and '.join(asked.values())} are one weight")
         for target in group:
             target.form = next(iter(asked), target.form)
+    kept = [target for target in plan.targets if target.form is None]
+    plan.kept |= {target.name: (target.module, "fp32 in overrides") for target in kept}
+    plan.targets = [target for target in plan.targets if target.form is not None]
 
 
-def _asked_for(model: nn.Module, plan: Plan, overrides: dict[str, int | str]) -> dict[str, Format]:
-    """``{name of a target: format}`` for those that an override names."""
+def _asked_for(
+    model: nn.Module, plan: Plan, overrides: dict[str, int | str]
+) -> dict[str, Format | None]:
+    """``{name of a target: format, or None for float}`` for those that an override names."""
     every = [name for name, _ in model.named_modules(remove_duplicate=False)]
     found = {}
     for pattern, wanted in overrides.items():
-        form = formats.FORMATS[wanted if isinstance(wanted, str) else formats.DEFAULTS[wanted][0]]
+        form = formats.named(wanted)
         matched = select(every, [pattern], "overrides")
         names = [target.name for target in plan.targets if matched & set(target.names)]
         if not names:
@@ -339,10 +349,14 @@ def check_reduction(model: nn.Module, plan: Plan) -> None:
     """
     required = 0.0
     total = 0
+    wide = [t for t in plan.targets if t.form.bits == 16]
+    wide = {memory.identity(weight) for target in wide for weight in target.weights().values()}
     for *_, tensor in memory.persistent_tensors(model):
         total += tensor.nbytes
         if tensor.is_floating_point():
-            required += tensor.nbytes * LEAST_REDUCTION.get(tensor.dtype.itemsize, 0.0)
+            least = plan.bits == 16 or memory.identity(tensor) in wide
+            least = LEAST_REDUCTION_16 if least else LEAST_REDUCTION
+            required += tensor.nbytes * least.get(tensor.dtype.itemsize, 0.0)
     saved = plan.bytes_saved()
     if plan.targets and saved >= required:
         return

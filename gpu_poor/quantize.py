@@ -45,7 +45,7 @@ def quantize(
     progress: bool | None = None,
     verbose: bool = True,
 ) -> nn.Module:
-    """Replace the matrices of a model by int8 or int4 ones, in place.
+    """Replace the matrices of a model by ones of 8, 4 or 16 bits, in place.
 
     Linear layers, GPT-2's Conv1D, embeddings and transformers' fused experts are taken; a weight
     tied between an embedding and lm_head is stored once. Everything else stays as it is and is
@@ -56,9 +56,10 @@ def quantize(
     Args:
         model: any torch module with float32, bfloat16 or float16 weights.
         bits: 8, or 4: groups of 64 columns with a scale and a minimum each, 4.5 bits a weight, and
-            8 bits for the head and small tables.
-        overrides: ``{pattern: 8, 4 or a name in gpu_poor.formats.FORMATS}`` for parts of the model;
-            of several that match a module the last one counts.
+            8 bits for the head and small tables; or 16: bfloat16.
+        overrides: ``{pattern: 16, 8, 4 or a name in gpu_poor.formats.FORMATS}`` for parts of the
+            model, 32 or "fp32" to keep one in float; of several that match a module the last one
+            counts.
         include: fnmatch patterns over module names; only these modules, and what is below them.
         exclude: the same, to leave out.
         activation: "a16" (default), "a8" or "a32": how activations enter the integer products.
@@ -74,8 +75,8 @@ def quantize(
     Raises:
         ValueError: bits or activation are unknown; a pattern matches nothing; the model is
             quantized already or has no data (meta device); a parameter is not finite (the error
-            names it); or its bytes would fall by less than 70 % (40 % for 16-bit models) and
-            allow_partial is False.
+            names it); or its bytes would fall by less than 70 % (40 % for 16-bit models; 45 % to
+            16 bits) and allow_partial is False.
     """
     started = time.perf_counter()
     check_options(bits, activation, overrides)
@@ -232,7 +233,7 @@ def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
     with bar, ThreadPoolExecutor(scratch.qsize()) as pool:
         for key, stored in zip(jobs, pool.map(work, jobs.values()), strict=True):
             target, name, weight = weights[key]
-            if not bool(torch.isfinite(stored.scale).all()):
+            if not stored.is_finite():
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise not_finite(f"{target.name}.{name}")
             parameter = nn.Parameter(stored.weight, requires_grad=False)

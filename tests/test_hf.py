@@ -31,7 +31,7 @@ def saved(tmp_path, name="llama-tied", **options):
 # -- round trips -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 16])
 def test_round_trip_has_equal_bits(model_name, bits, tmp_path):
     model, folder = saved(tmp_path, model_name, bits=bits)
     expected = logits(model)
@@ -46,7 +46,7 @@ def test_round_trip_has_equal_bits(model_name, bits, tmp_path):
     assert torch.equal(logits(again), expected)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 16])
 def test_quantizing_while_loading_equals_in_memory(model_name, bits, tmp_path):
     model = make_model(model_name)
     model.save_pretrained(tmp_path / "float")
@@ -348,12 +348,12 @@ def test_streaming_a_tied_model_with_unusual_files(present, tmp_path):
     [
         ({"version": 2}, "version 2 is unknown"),
         ({"version": "1"}, "version '1' is unknown"),
-        ({"bits": 2}, "bits must be 4 or 8"),
+        ({"bits": 2}, "bits must be 4, 8 or 16"),
         ({"formats": {"lm_head": "int3"}}, "formats has unknown values int3"),
         ({"formats": {"nowhere": "int4_g32"}}, "of no module"),
         ({"overrides": {"lm_head": "int3"}}, "asks for 'int3'"),
         ({"overrides": ["lm_head"]}, "overrides must map"),
-        ({"bits": "8"}, "bits must be 4 or 8"),
+        ({"bits": "8"}, "bits must be 4, 8 or 16"),
         ({"activation": "a4"}, "activation must be"),
         ({"group_size": 32}, "unknown keys group_size"),
         ({"modules": {"lm_head": "os.system"}}, "unknown values os.system"),

@@ -442,12 +442,81 @@ def test_overrides():
     assert tied["lm_head"] == tied["model.embed_tokens"] == "int4_g64_asym"
 
 
+@pytest.mark.parametrize("wanted", ["fp32", 32])
+def test_an_override_keeps_a_part_in_float(wanted):
+    model = make_model("llama-tied")
+    weight = model.lm_head.weight
+    quantize(model, overrides={"lm_head": wanted}, verbose=False, allow_partial=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight is weight
+    assert set(formats(model).values()) == {"int8"}
+    kept = [k for k in gpu_poor.receipt(model).kept if k.reason == "fp32 in overrides"]
+    assert {k.example for k in kept} == {"model.embed_tokens", "lm_head"}
+    again = quantize(
+        make_model("llama"),
+        overrides={"*": wanted, "lm_head": 8, "*.mlp": 4},
+        verbose=False,
+        allow_partial=True,
+    )
+    assert set(formats(again).values()) == {"int8", "int4_g64_asym"}
+    assert again.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
+
+
+def test_sixteen_bits(model_name):
+    model = make_model(model_name)
+    expected, before = logits(model), memory.parameter_bytes(model)
+    quantize(model, 16, verbose=False)
+    assert set(formats(model).values()) == {"bf16"}
+    assert 0.49 * before < memory.parameter_bytes(model) < 0.55 * before
+    assert model.dtype == torch.float32 and logits(model).dtype == torch.float32
+    # As the float model with its weights rounded, whose sums are in another order.
+    quantized = logits(model)
+    float_model = gpu_poor.dequantize(model)
+    assert_within(quantized, logits(float_model), 1e-4 * float(expected.abs().max()))
+    assert (quantized - expected).norm() < 0.02 * expected.norm()
+
+
+def test_sixteen_bits_of_a_16_bit_model_cost_nothing():
+    for name in ("llama-tied", "gpt2", "mixtral"):
+        model = make_model(name).to(torch.bfloat16)
+        expected = copy.deepcopy(model)
+        weight = model.get_input_embeddings().weight.data_ptr()
+        before = memory.parameter_bytes(model)
+        quantize(model, 16, verbose=False)
+        assert memory.parameter_bytes(model) == before
+        assert model.get_input_embeddings().weight.data_ptr() == weight
+        for key, value in gpu_poor.dequantize(model).state_dict().items():
+            assert torch.equal(value, expected.state_dict()[key]), key
+
+
+def test_sixteen_bits_promise_half():
+    model = make_model("llama")
+    with pytest.raises(ValueError, match="at least 45% is expected"):
+        quantize(model, 16, exclude="*.mlp", verbose=False)
+    with pytest.raises(ValueError, match="at least 70% is expected"):
+        quantize(model, exclude="*.mlp", verbose=False)
+    # What is asked to be 16 bits is not what "stays in float" means.
+    quantize(model, 8, overrides={"*.mlp": 16}, verbose=False)
+
+
+def test_fp16_refuses_what_it_cannot_reach():
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = 1e5
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight is not finite"):
+        quantize(model, overrides={"*.mlp": "fp16"}, verbose=False)
+    assert_untouched(model, before)
+    quantize(model, overrides={"*.mlp": "bf16"}, verbose=False)
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
         ({"down_proj": 4}, r"'down_proj' matches no module of the model; '\*.down_proj' does"),
         ({"*.input_layernorm": 4}, "what '.*input_layernorm' matches is not quantized"),
-        ({"lm_head": 3}, "'lm_head' asks for 3; known are bits 4 or 8 and the formats int8, int4"),
+        (
+            {"lm_head": 3},
+            "'lm_head' asks for 3; known are bits 4, 8 or 16, 32 and the formats int8, int4",
+        ),
         ({"lm_head": True}, "asks for True"),
         ({"lm_head": 4.0}, "asks for 4.0"),
         ({"lm_head": "int5"}, "asks for 'int5'"),
@@ -474,9 +543,9 @@ def test_four_bits_refuse_what_no_scale_reaches(value):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("bits", [2, 16, 0, None, "8", True, 8.0, 8.5])
+@pytest.mark.parametrize("bits", [2, 32, 0, None, "8", True, 8.0, 8.5])
 def test_bits(bits):
-    with pytest.raises(ValueError, match="bits must be 4 or 8"):
+    with pytest.raises(ValueError, match="bits must be 4, 8 or 16"):
         quantize(mlp(), bits)
 
 

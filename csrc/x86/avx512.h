@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * Sixteen floats at a time: loads and stores of every float type, shared by the AVX-512 and AMX
+ * Sixteen floats at a time: loads of every type and stores of every float type, shared by the AVX-512 and AMX
  * kernels. The includer defines TARGET. */
 #ifndef GPU_POOR_AVX512_H
 #define GPU_POOR_AVX512_H
@@ -16,6 +16,10 @@
 INLINE __m512 load16(const void *x, gp_dtype type, int64_t i, __mmask16 mask)
 {
     if (type == GP_F32) return _mm512_maskz_loadu_ps(mask, (const float *)x + i);
+    if (type == GP_I8) {
+        __m128i b = _mm_maskz_loadu_epi8(mask, (const int8_t *)x + i);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b));
+    }
     __m256i h = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + i);
     if (type == GP_F16) return _mm512_cvtph_ps(h);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));

@@ -20,6 +20,10 @@
 INLINE __m256 load8(const void *x, gp_dtype type, int64_t i)
 {
     if (type == GP_F32) return _mm256_loadu_ps((const float *)x + i);
+    if (type == GP_I8) {
+        __m128i b = _mm_loadl_epi64((const __m128i *)((const int8_t *)x + i));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b));
+    }
     __m128i h = _mm_loadu_si128((const __m128i *)((const uint16_t *)x + i));
     if (type == GP_F16) return _mm256_cvtph_ps(h);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
@@ -269,35 +273,30 @@ INLINE __m128i exact(__m128i sum, int32_t x_sum)
 
 TILE_LINEAR(int8_linear_avx2, TARGET, 4)
 
-INLINE void float_step(__m128i bytes, const float *x, int64_t x_stride, int V, int r,
+INLINE void float_step(__m256 wk, const float *x, int64_t x_stride, int V, int r,
                        __m256 acc[2][4])
 {
-    __m256 wk = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
     for (int v = 0; v < V; v++)
         acc[v][r] = _mm256_fmadd_ps(wk, _mm256_loadu_ps(x + v * x_stride), acc[v][r]);
 }
 
-INLINE void float_tile(const int8_t *const w[4], const float *x, int64_t x_stride, int64_t K,
-                       int V, __m128 out[])
+INLINE void float_tile(const int8_t *const w[4], gp_dtype type, const float *x, int64_t x_stride,
+                       int64_t K, int V, __m128 out[])
 {
+    const int64_t size = gp_size(type);
     __m256 acc[2][4];
     for (int v = 0; v < V; v++)
         for (int r = 0; r < 4; r++) acc[v][r] = _mm256_setzero_ps();
     int64_t k = 0;
     for (; k + 8 <= K; k += 8) {
         for (int r = 0; r < 4; r++) {
-            __m128i b = _mm_loadl_epi64((const __m128i *)(w[r] + k));
-            if (k % 64 == 0) prefetch_stream(w[r] + k);
-            float_step(b, x + k, x_stride, V, r, acc);
+            if (k * size % 64 == 0) prefetch_stream(w[r] + k * size);
+            float_step(load8(w[r], type, k), x + k, x_stride, V, r, acc);
         }
     }
-    if (k < K) {
-        for (int r = 0; r < 4; r++) {
-            int64_t bytes = 0;
-            memcpy(&bytes, w[r] + k, (size_t)(K - k));
-            float_step(_mm_cvtsi64_si128(bytes), x + k, x_stride, V, r, acc);
-        }
-    }
+    if (k < K)
+        for (int r = 0; r < 4; r++)
+            float_step(load_tail(w[r], type, k, K - k), x + k, x_stride, V, r, acc);
     for (int v = 0; v < V; v++) {
         __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(acc[v][0], acc[v][1]),
                                   _mm256_hadd_ps(acc[v][2], acc[v][3]));

@@ -199,9 +199,10 @@ TILE_LINEAR(int8_linear_avx512_vnni, TARGET, 6)
 
 /* Weight-only: four weight rows times V tokens in float32, one chain of fused multiply-adds per
  * lane whatever V is, so that a token's result does not depend on its neighbours. */
-INLINE void float_tile(const int8_t *const w[4], const float *x, int64_t x_stride, int64_t K,
-                       int V, __m128 out[])
+INLINE void float_tile(const int8_t *const w[4], gp_dtype type, const float *x, int64_t x_stride,
+                       int64_t K, int V, __m128 out[])
 {
+    const int64_t size = gp_size(type);
     __m512 acc[6][4];
     for (int v = 0; v < V; v++)
         for (int r = 0; r < 4; r++) acc[v][r] = _mm512_setzero_ps();
@@ -209,9 +210,8 @@ INLINE void float_tile(const int8_t *const w[4], const float *x, int64_t x_strid
         __mmask16 mask = tail_mask(K - k);
         __m512 wk[4];
         for (int r = 0; r < 4; r++) {
-            __m128i b = _mm_maskz_loadu_epi8(mask, w[r] + k);
-            wk[r] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b));
-            if (V <= STREAM_ROWS && k % 64 == 0) prefetch_stream(w[r] + k);
+            wk[r] = load16(w[r], type, k, mask);
+            if (V <= STREAM_ROWS && k * size % 64 == 0) prefetch_stream(w[r] + k * size);
         }
         for (int v = 0; v < V; v++) {
             __m512 xk = _mm512_loadu_ps(x + v * x_stride + k);

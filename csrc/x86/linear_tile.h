@@ -4,7 +4,7 @@
  * supplies, always inlined with a constant V:
  *     dot_tile(w[4], x, x_stride, K, V, out[V])    4 weight rows x V activation rows, lanes = rows
  *     exact(sum, x_sum)                            its integer dot product
- *     float_tile(...)                              the same with float activations
+ *     float_tile(w[4], type, ...)                  the same with float activations; w of any type
  *
  * and STREAM_ROWS, up to how many activation rows the weights are read as streams.
  */
@@ -48,13 +48,13 @@ typedef struct {
             gp_store(y, type, row + n, f[r]);                                                     \
     }
 
-#define TILE_ROWS(a, at, w)                                                                       \
+#define TILE_ROWS(a, at, w, type)                                                                 \
     const int8_t *w[4];                                                                           \
     float w_scale[4], bias[4] = {0};                                                              \
     for (int64_t r = 0; r < 4; r++) {                                                             \
         int64_t row = gp_min(at.n + r * at.step, at.end - 1);                                     \
-        w[r] = a->w + row * a->K;                                                                 \
-        w_scale[r] = a->w_scale[row];                                                             \
+        w[r] = (const int8_t *)a->w + row * a->K * gp_size(type);                                 \
+        w_scale[r] = a->w_scale ? a->w_scale[row] : 1.0f;                                         \
         if (a->bias) bias[r] = a->bias[row];                                                      \
     }                                                                                             \
     const __m128 scale4 = _mm_loadu_ps(w_scale), bias4 = _mm_loadu_ps(bias)
@@ -70,10 +70,10 @@ typedef struct {
         break;
 
 /* One tile row for activation rows [v0, v1). */
-#define TILE_VECTORS(name, attr, args_type, V_MAX)                                                \
+#define TILE_VECTORS(name, attr, args_type, type, V_MAX)                                          \
     GP_INLINE attr void name##_rows(const args_type *a, gp_rows at, int64_t v0, int64_t v1)       \
     {                                                                                             \
-        TILE_ROWS(a, at, w);                                                                      \
+        TILE_ROWS(a, at, w, type);                                                                \
         int64_t v = v0;                                                                           \
         for (; v + V_MAX <= v1; v += V_MAX) name##_tokens(a, w, v, V_MAX, at, scale4, bias4);     \
         switch (v1 - v) {                                                                         \
@@ -119,7 +119,7 @@ typedef struct {
             tile_store(a->y, a->y_type, m * a->N, at, t);                                         \
         }                                                                                         \
     }                                                                                             \
-    TILE_VECTORS(name, attr, gp_int8_linear, V_MAX)                                               \
+    TILE_VECTORS(name, attr, gp_int8_linear, GP_I8, V_MAX)                                        \
     attr static void name(const gp_int8_linear *a, int64_t n0, int64_t n1)                        \
     {                                                                                             \
         if (a->K > GP_K_MAX)                                                                      \
@@ -128,21 +128,30 @@ typedef struct {
             name##_columns(a, a->M * a->planes, TILE_BLOCK(a->K_pad, V_MAX), n0, n1);             \
     }
 
-#define TILE_FLOAT_LINEAR(name, attr, V_MAX)                                                      \
+/* Float activations times a weight of one type. */
+#define TILE_FLOAT_TYPE(name, attr, type, V_MAX)                                                  \
     GP_INLINE attr void name##_tokens(const gp_float_linear *a, const int8_t *const w[4],         \
                                       int64_t m0, int V, gp_rows at, __m128 scale4, __m128 bias4) \
     {                                                                                             \
         __m128 out[V_MAX];                                                                        \
-        float_tile(w, a->x + m0 * a->K_pad, a->K_pad, a->K, V, out);                              \
+        float_tile(w, type, a->x + m0 * a->K_pad, a->K_pad, a->K, V, out);                        \
         for (int v = 0; v < V; v++) {                                                             \
             __m128 t = out[v];                                                                    \
             TILE_FINISH(a, t);                                                                    \
             tile_store(a->y, a->y_type, (m0 + v) * a->N, at, t);                                  \
         }                                                                                         \
     }                                                                                             \
-    TILE_VECTORS(name, attr, gp_float_linear, V_MAX)                                              \
+    TILE_VECTORS(name, attr, gp_float_linear, type, V_MAX)
+
+#define TILE_FLOAT_LINEAR(name, attr, V_MAX)                                                      \
+    TILE_FLOAT_TYPE(name##_i8, attr, GP_I8, V_MAX)                                                \
+    TILE_FLOAT_TYPE(name##_bf16, attr, GP_BF16, V_MAX)                                            \
+    TILE_FLOAT_TYPE(name##_f16, attr, GP_F16, V_MAX)                                              \
     attr static void name(const gp_float_linear *a, int64_t n0, int64_t n1)                       \
     {                                                                                             \
-        name##_columns(a, a->M, TILE_BLOCK(4 * a->K_pad, V_MAX), n0, n1);                         \
+        const int64_t block = TILE_BLOCK(4 * a->K_pad, V_MAX);                                    \
+        if (a->w_type == GP_I8) name##_i8_columns(a, a->M, block, n0, n1);                        \
+        if (a->w_type == GP_BF16) name##_bf16_columns(a, a->M, block, n0, n1);                    \
+        if (a->w_type == GP_F16) name##_f16_columns(a, a->M, block, n0, n1);                      \
     }
 #endif

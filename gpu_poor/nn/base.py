@@ -3,8 +3,10 @@
 A quantized module keeps the parameter names of the float module it replaces. For each weight
 ``w`` that stands for ``[..., N, K]`` it stores, as its format says (gpu_poor/formats.py),
 
-    w         int8     Parameter that needs no gradient
-    w_scale   a float  buffer; keeps its dtype under .half() and .to(dtype)
+    w         int8, or a 16-bit float  Parameter that needs no gradient
+    w_scale   a float, or None         buffer
+
+which keep their dtypes under .half() and .to(dtype).
 
 A weight tied to another module's is the same Parameter object in both. Its scale lives in one
 module of the group, the owner, which alone lists it in its state_dict; the others read it there.
@@ -16,7 +18,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpu_poor import ops
+from gpu_poor import formats, ops
 from gpu_poor.formats import Format
 
 #: Every kind of quantized module by its name; filled by :func:`register`, saved in configs.
@@ -61,9 +63,19 @@ class Stored(NamedTuple):
     """A quantized weight: the tensors that a format stores for ``shape``, ``[..., N, K]``."""
 
     weight: Tensor
-    scale: Tensor
+    scale: Tensor | None
     form: Format
     shape: tuple[int, ...]
+
+    def put(self, i: int, matrix: "Stored") -> None:
+        """Copy the matrix of one expert to its place."""
+        self.weight[i] = matrix.weight
+        if self.scale is not None:
+            self.scale[i] = matrix.scale
+
+    def is_finite(self) -> bool:
+        """Whether the rows it was made from were finite, and within what the format reaches."""
+        return bool(torch.isfinite(self.weight if self.scale is None else self.scale).all())
 
 
 def quantize_rows(rows: Tensor, form: Format, scratch: Tensor | None = None) -> Stored:
@@ -73,26 +85,26 @@ def quantize_rows(rows: Tensor, form: Format, scratch: Tensor | None = None) -> 
         scratch: bytes to make a matrix with other strides contiguous in, at least its size.
     """
     shape = tuple(rows.shape)
-    if rows.dim() == 2 and not rows.is_contiguous():
-        # All at once: torch transposes a whole matrix four times faster than blocks of one.
-        if scratch is None or scratch.device != rows.device:
-            rows = rows.contiguous()
-        else:
-            dense = scratch[: rows.nbytes].view(rows.dtype).view(rows.shape)
-            rows = dense.copy_(rows)
-    if rows.dim() == 2:
+    if rows.dim() != 2:
+        stored = empty(form, shape, rows.device)
+        for i, matrix in enumerate(rows):  # one expert at a time, to copy no more than one
+            stored.put(i, quantize_rows(matrix, form, scratch))
+        return stored
+    if rows.is_contiguous():
         return Stored(*form.quantize(rows), form, shape)
-    stored = empty(form, shape, rows.device)
-    for i, matrix in enumerate(rows):  # one expert at a time, to copy no more than one
-        stored.weight[i], stored.scale[i], *_ = quantize_rows(matrix, form, scratch)
-    return stored
+    # All at once: torch transposes a whole matrix four times faster than blocks of one.
+    if scratch is None or scratch.device != rows.device:
+        return Stored(*form.quantize(rows.contiguous()), form, shape)
+    dense = scratch[: rows.nbytes].view(rows.dtype).view(rows.shape).copy_(rows)
+    weight, scale = form.quantize(dense)
+    return Stored(weight.clone() if weight is dense else weight, scale, form, shape)
 
 
 def empty(form: Format, shape: tuple[int, ...], device, dtype: torch.dtype | None = None) -> Stored:
     """A weight without data; ``dtype``: another one for its weight until the data come."""
-    (sizes, stored_dtype), (scale_sizes, scale_dtype) = form.storage(*shape)
+    (sizes, stored_dtype), scales = form.storage(*shape)
     weight = torch.empty(sizes, dtype=dtype or stored_dtype, device=device)
-    scale = torch.empty(scale_sizes, dtype=scale_dtype, device=device)
+    scale = scales and torch.empty(scales[0], dtype=scales[1], device=device)
     return Stored(weight, scale, form, tuple(shape))
 
 
@@ -198,12 +210,12 @@ class QuantizedModule(nn.Module):
             self.register_buffer(key, None, persistent=False)
             self._scale_owners[key] = source
 
-    def own_scale(self, name: str, scale: Tensor) -> None:
+    def own_scale(self, name: str, scale: Tensor | None) -> None:
         """Undo :meth:`share_scale`: an own scale, listed in the state_dict."""
         self._scale_owners.pop(f"{name}_scale", None)
         self.register_buffer(f"{name}_scale", scale)
 
-    def scale(self, key: str) -> Tensor:
+    def scale(self, key: str) -> Tensor | None:
         """The scale in the buffer ``key``, of this module or of the one it is tied to."""
         return self._scale_owners.get(key, self)._buffers[key]
 
@@ -212,7 +224,7 @@ class QuantizedModule(nn.Module):
         return super().__getattr__(name) if owner is None else getattr(owner, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedModule":
-        """Move the module, but leave scales their dtype: bfloat16 ones cost more than int8 does.
+        """Move the module, but leave weights and scales the dtypes that they are stored in.
 
         The scale stays the same tensor object, as a Parameter would. One that is shared moves
         with each of its modules, so that it is where they are even if one is moved alone.
@@ -221,26 +233,26 @@ class QuantizedModule(nn.Module):
             TypeError: fn makes float64.
         """
         # What fn does to a tensor of this dtype tells the dtype from now on.
-        dtype = fn(
-            torch.empty(
-                0, dtype=self.dtype, device=self.scale(f"{self.weight_names[0]}_scale").device
-            )
-        ).dtype
+        device = self._parameters[self.weight_names[0]].device
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         if dtype not in ops.FLOATS:
             raise TypeError(
                 f"{type(self).__name__} cannot be made {dtype}: see gpu_poor.dequantize"
             )
         self.dtype = dtype
+        weights = [self._parameters[name] for name in self.weight_names]
         before = {key: self.scale(key) for key in (f"{name}_scale" for name in self.weight_names)}
 
-        def keep_int8(tensor: Tensor) -> Tensor:
+        def keep_weights(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            if tensor.dtype == torch.int8 and new.dtype != torch.int8:  # .type() casts integers too
-                return tensor.to(new.device)
+            if new.dtype != tensor.dtype and any(tensor is weight for weight in weights):
+                return tensor.to(new.device)  # .type() casts integers too
             return new
 
-        super()._apply(keep_int8, recurse)
+        super()._apply(keep_weights, recurse)
         for key, old in before.items():
+            if old is None:
+                continue
             owner = self._scale_owners.get(key, self)
             new = fn(old) if owner is not self else self._buffers[key]
             if new.dtype != old.dtype:
@@ -253,17 +265,18 @@ class QuantizedModule(nn.Module):
 
     def requires_grad_(self, requires_grad: bool = True) -> "QuantizedModule":
         """For what can have a gradient: the bias."""
+        weights = [self._parameters[name] for name in self.weight_names]
         for parameter in self.parameters():
-            if parameter.is_floating_point():
+            if not any(parameter is weight for weight in weights):
                 parameter.requires_grad_(requires_grad)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Refuse values that ``copy_`` would squeeze into int8, then load as usual."""
+        """Refuse values that ``copy_`` would squeeze into a stored dtype, then load as usual."""
         error_msgs = args[-1] if args else kwargs["error_msgs"]
         for name in self.weight_names:
-            storage = self.formats[name].storage(*self.shapes[name])
-            for key, (_, dtype) in zip((name, f"{name}_scale"), storage, strict=True):
+            stored = formats.tensors(self.formats[name], name, self.shapes[name])
+            for key, (_, dtype) in stored.items():
                 value = state_dict.get(prefix + key)
                 if value is not None and value.dtype != dtype:
                     error_msgs.append(

@@ -72,11 +72,12 @@ class QuantizedExperts(QuantizedModule):
         return cls(module, weights, activation)
 
     def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
+        weight, scale = self._parameters[name], self.scale(f"{name}_scale")
         bias = self._parameters[f"{name}_bias"]
         return self.formats[name].linear(
             x,
-            self._parameters[name][expert],
-            self.scale(f"{name}_scale")[expert],
+            weight[expert],
+            None if scale is None else scale[expert],
             None if bias is None else bias[expert],
             self.shapes[name][-2],
             self._activation_bits,

@@ -9,6 +9,7 @@ Letters: M rows (tokens), N out features, K in features, G group size, P panels 
 
 from gpu_poor.ops.common import ACTIVATIONS, FLOATS, Q_MAX
 from gpu_poor.ops.gptq import gptq
+from gpu_poor.ops.half import half_linear
 from gpu_poor.ops.int4 import (
     int4_dequantize,
     int4_embedding,
@@ -27,6 +28,7 @@ __all__ = [
     "channel_stats",
     "gptq",
     "gram_",
+    "half_linear",
     "int4_dequantize",
     "int4_embedding",
     "int4_encode",

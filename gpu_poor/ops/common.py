@@ -102,20 +102,22 @@ def register(functions: dict) -> None:
         torch.library.impl(f"gpu_poor::{name}", "CompositeExplicitAutograd")(function)
 
 
-def register_linear(op: str, dequantize) -> None:
+def register_linear(op: str, dequantize, has_scale: bool = True) -> None:
     """The gradient of a linear whose quantized weight is frozen: dX = dY W.
 
     Args:
         dequantize: W in a given dtype from the operator's arguments; only what it needs of them,
             the quantized tensors, is saved.
+        has_scale: the arguments are x, weight, scale, bias...; else there is no scale.
     """
+    stored = slice(1, 3 if has_scale else 2)
 
     def setup(ctx, inputs, output):
-        x, weight, scale, bias, *rest = inputs
-        ctx.save_for_backward(weight, scale)
-        ctx.rest = rest
-        ctx.k = x.shape[-1]
-        ctx.bias_dtype = bias.dtype if bias is not None and ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(*inputs[stored])
+        bias, *ctx.rest = inputs[stored.stop :]
+        ctx.k = inputs[0].shape[-1]
+        wanted = bias is not None and ctx.needs_input_grad[stored.stop]
+        ctx.bias_dtype = bias.dtype if wanted else None
 
     def backward(ctx, grad):
         grad_x = grad_bias = None
@@ -124,7 +126,8 @@ def register_linear(op: str, dequantize) -> None:
         if ctx.bias_dtype is not None:
             rows = grad.reshape(-1, grad.shape[-1])
             grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, *(None for _ in ctx.rest)
+        frozen = (None for _ in ctx.saved_tensors)
+        return grad_x, *frozen, grad_bias, *(None for _ in ctx.rest)
 
     torch.library.register_autograd(f"gpu_poor::{op}", backward, setup_context=setup)
 

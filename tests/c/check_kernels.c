@@ -13,7 +13,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "gpu_poor.h"
+#include "common.h"
 
 static int failures, checks;
 
@@ -73,6 +73,8 @@ static void fill_floats(void *x, gp_dtype type, int64_t n)
         memcpy(&u, &f, 4);
         if (type == GP_F32)
             ((float *)x)[i] = f;
+        else if (type == GP_I8)
+            ((int8_t *)x)[i] = (int8_t)random_u32();
         else if (type == GP_BF16)
             ((uint16_t *)x)[i] = (uint16_t)(u >> 16);
         else
@@ -80,7 +82,7 @@ static void fill_floats(void *x, gp_dtype type, int64_t n)
     }
 }
 
-static size_t size_of(gp_dtype type) { return type == GP_F32 ? 4 : 2; }
+static size_t size_of(gp_dtype type) { return (size_t)gp_size(type); }
 static int64_t round_up(int64_t n) { return (n + GP_K_ALIGN - 1) / GP_K_ALIGN * GP_K_ALIGN; }
 
 /* -- the checks ------------------------------------------------------------------------------- */
@@ -170,17 +172,19 @@ static void check_linear(const gp_impl *impl, int64_t M, int64_t N, int64_t K, i
     }
 }
 
-static void check_float_linear(const gp_impl *impl, int64_t M, int64_t N, int64_t K)
+static void check_float_linear(const gp_impl *impl, int64_t M, int64_t N, int64_t K,
+                               gp_dtype w_type)
 {
     const int64_t K_pad = round_up(K);
     float *x = guarded((size_t)(M * K_pad) * 4, 0), *w_scale = guarded((size_t)N * 4, 0);
-    int8_t *w = guarded((size_t)(N * K), 0);
+    void *w = guarded((size_t)(N * K) * size_of(w_type), 0);
     float *y = guarded((size_t)(M * N) * 4, 0), *want = malloc((size_t)(M * N) * 4);
     memset(x, 0, (size_t)(M * K_pad) * 4);
     for (int64_t m = 0; m < M; m++) fill_floats(x + m * K_pad, GP_F32, K);
-    for (int64_t i = 0; i < N * K; i++) w[i] = (int8_t)random_u32();
+    fill_floats(w, w_type, N * K);
     fill_floats(w_scale, GP_F32, N);
-    gp_float_linear a = {M, N, K, K_pad, x, w, w_scale, NULL, want, GP_F32};
+    const int scaled = w_type == GP_I8;
+    gp_float_linear a = {M, N, K, K_pad, x, w, w_type, scaled ? w_scale : NULL, NULL, want, GP_F32};
     ref->float_linear(&a, 0, N);
     a.y = y;
     impl->float_linear(&a, 0, N / 2);
@@ -188,10 +192,13 @@ static void check_float_linear(const gp_impl *impl, int64_t M, int64_t N, int64_
     for (int64_t m = 0; m < M; m++) {
         for (int64_t n = 0; n < N; n++) {
             double size = 0;
-            for (int64_t k = 0; k < K; k++) size += fabs((double)x[m * K_pad + k] * w[n * K + k]);
-            double bound = (double)(K + 2) * 0x1p-24 * size * fabs(w_scale[n]) + 1e-30;
+            for (int64_t k = 0; k < K; k++)
+                size += fabs((double)x[m * K_pad + k] * gp_load(w, w_type, n * K + k));
+            if (scaled) size *= fabs(w_scale[n]);
+            double bound = (double)(K + 2) * 0x1p-24 * size + 1e-30;
             CHECK(fabs((double)y[m * N + n] - want[m * N + n]) <= bound,
-                  "%s float_linear M %ld N %ld K %ld", impl->name, (long)M, (long)N, (long)K);
+                  "%s float_linear M %ld N %ld K %ld type %d", impl->name, (long)M, (long)N, (long)K,
+                  (int)w_type);
         }
     }
     free(want);
@@ -377,7 +384,8 @@ int main(void)
                 for (int asym = 0; asym < 2; asym++)
                     check_int4(&table, tokens[t], outs[(s + t) % 6] * (1 + t), K,
                                32 * (1 + (s + t) % 4), 1 + (s + asym) % 2, asym, t % 2);
-                check_float_linear(&table, tokens[t], outs[t % 6], K);
+                for (int type = GP_BF16; type <= GP_I8; type++)
+                    check_float_linear(&table, tokens[t], outs[t % 6], K, (gp_dtype)type);
                 check_stats(&table, tokens[t], K);
             }
         }

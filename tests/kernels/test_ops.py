@@ -9,6 +9,8 @@ from gpu_poor import isa, ops
 W, S = random_int8(20, 30), torch.rand(20) / 100
 X = heavy_tailed(6, 30)
 
+H = heavy_tailed(20, 30, seed=2).bfloat16()
+
 W4, S4 = ops.int4_quantize(heavy_tailed(20, 30, seed=1), 32)
 A4, M4 = ops.int4_quantize(heavy_tailed(20, 30, seed=1), 32, asymmetric=True)
 
@@ -25,6 +27,13 @@ SAMPLES = {
     "int8_embedding": [
         (torch.tensor([[0, 19]]), W, S, torch.float32),
         (torch.tensor([3], dtype=torch.int32), W, S, torch.bfloat16),
+    ],
+    "half_linear": [
+        (X, H, None),
+        (X.half(), H.half(), torch.randn(20).half()),
+        (X.view(2, 3, 30).bfloat16(), H, torch.randn(20)),
+        (X[:0], H, None),
+        (X.clone().requires_grad_(), H, torch.randn(20, requires_grad=True)),
     ],
     "int4_quantize": [
         (X, 32, False, True, None),
@@ -83,6 +92,15 @@ def test_int4_linear_gradient_is_that_of_the_dequantized_weight(isa, weight, sca
     ops.int4_linear(x, weight, scale, bias, 32, 20, bits).backward(grad)
     dense = ops.int4_dequantize(weight, scale, 32, 20, 30).double()
     assert_within(x.grad, grad.double() @ dense, 1e-5)
+    assert_within(bias.grad, grad.double().sum(0), 1e-5)
+
+
+def test_half_linear_gradient_is_that_of_the_weight(isa):
+    x = X.clone().requires_grad_()
+    bias = torch.zeros(20, requires_grad=True)
+    grad = heavy_tailed(6, 20, seed=5)
+    ops.half_linear(x, H, bias).backward(grad)
+    assert_within(x.grad, grad.double() @ H.double(), 1e-5)
     assert_within(bias.grad, grad.double().sum(0), 1e-5)
 
 
