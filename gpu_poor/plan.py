@@ -126,10 +126,21 @@ def select(names: Iterable[str], patterns: list[str], what: str) -> set[str]:
 
 
 def first_block(model: nn.Module) -> str:
-    """The name of the first decoder block.
+    """The name of the first decoder block."""
+    try:
+        return block_list(model) + ".0"
+    except ValueError as error:
+        raise ValueError(f'critical_layers="first": {error}') from error
 
-    It is the first entry of the longest nn.ModuleList, of the decoder where there is one; lists
-    inside of a list, such as experts, are no lists of blocks.
+
+def block_list(model: nn.Module) -> str:
+    """The name of the list of the decoder's blocks.
+
+    It is the longest nn.ModuleList, of the decoder where there is one; lists inside of a list,
+    such as experts, are no lists of blocks.
+
+    Raises:
+        ValueError: there is none.
     """
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
@@ -137,8 +148,8 @@ def first_block(model: nn.Module) -> str:
     inside = {id(m) for m in decoder.modules()} if isinstance(decoder, nn.Module) else set()
     lists = {n: m for n, m in lists.items() if id(m) in inside} or lists
     if not lists:
-        raise ValueError('critical_layers="first": the model has no list of blocks')
-    return max(lists, key=lambda name: len(lists[name])) + ".0"
+        raise ValueError("the model has no list of blocks")
+    return max(lists, key=lambda name: len(lists[name]))
 
 
 def make_plan(

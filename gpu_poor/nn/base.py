@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gpu_poor import formats, ops
 from gpu_poor.formats import Format
+from gpu_poor.strategies import MSE, Inputs, Rounding
 
 #: Every kind of quantized module by its name; filled by :func:`register`, saved in configs.
 KINDS: dict[str, type["QuantizedModule"]] = {}
@@ -78,26 +79,40 @@ class Stored(NamedTuple):
         return bool(torch.isfinite(self.weight if self.scale is None else self.scale).all())
 
 
-def quantize_rows(rows: Tensor, form: Format, scratch: Tensor | None = None) -> Stored:
+def quantize_rows(
+    rows: Tensor,
+    form: Format,
+    scratch: Tensor | None = None,
+    rounding: Rounding = MSE,
+    inputs: Inputs | None = None,
+    factors: Tensor | None = None,
+) -> Stored:
     """Float rows ``[..., N, K]`` with any strides in a format.
 
     Args:
         scratch: bytes to make a matrix with other strides contiguous in, at least its size.
+        rounding: how the numbers are chosen.
+        inputs: what calibration has seen of the layer's inputs, if it has.
+        factors: ``[K]``, what the columns are multiplied by first.
     """
     shape = tuple(rows.shape)
     if rows.dim() != 2:
         stored = empty(form, shape, rows.device)
         for i, matrix in enumerate(rows):  # one expert at a time, to copy no more than one
-            stored.put(i, quantize_rows(matrix, form, scratch))
+            stored.put(i, quantize_rows(matrix, form, scratch, rounding, inputs, factors))
         return stored
-    if rows.is_contiguous():
-        return Stored(*form.quantize(rows), form, shape)
-    # All at once: torch transposes a whole matrix four times faster than blocks of one.
-    if scratch is None or scratch.device != rows.device:
-        return Stored(*form.quantize(rows.contiguous()), form, shape)
-    dense = scratch[: rows.nbytes].view(rows.dtype).view(rows.shape).copy_(rows)
-    weight, scale = form.quantize(dense)
-    return Stored(weight.clone() if weight is dense else weight, scale, form, shape)
+    borrowed = None
+    if factors is not None:
+        rows = (rows * factors.to(rows.dtype)).contiguous()
+    elif not rows.is_contiguous():
+        # All at once: torch transposes a whole matrix four times faster than blocks of one.
+        if scratch is None or scratch.device != rows.device:
+            rows = rows.contiguous()
+        else:
+            borrowed = scratch[: rows.nbytes].view(rows.dtype).view(rows.shape).copy_(rows)
+            rows = borrowed
+    weight, scale = rounding.quantize(rows, form, inputs)
+    return Stored(weight.clone() if weight is borrowed else weight, scale, form, shape)
 
 
 def empty(form: Format, shape: tuple[int, ...], device, dtype: torch.dtype | None = None) -> Stored:

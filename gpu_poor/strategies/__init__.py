@@ -12,8 +12,10 @@ from gpu_poor.strategies.base import (
     recipe,
     register,
 )
+from gpu_poor.strategies.mse import MSE
 
 __all__ = [
+    "MSE",
     "STRATEGIES",
     "Inputs",
     "Recipe",

@@ -57,6 +57,8 @@ class Strategy:
     name: ClassVar[str]
     #: Whether it needs :class:`Inputs`, and so calibration data.
     needs_inputs: ClassVar[bool] = False
+    #: Whether these must have the Gram matrix and the drift.
+    needs_gram: ClassVar[bool] = False
 
 
 class Rounding(Strategy):
@@ -102,6 +104,10 @@ class Recipe(NamedTuple):
     @property
     def needs_inputs(self) -> bool:
         return any(part is not None and part.needs_inputs for part in self)
+
+    @property
+    def needs_gram(self) -> bool:
+        return any(part is not None and part.needs_gram for part in self)
 
     @property
     def names(self) -> list[str]:

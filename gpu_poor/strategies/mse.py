@@ -17,3 +17,6 @@ class Mse(Rounding):
 
     def quantize(self, rows: Tensor, form: Format, inputs: Inputs | None = None) -> Numbers:
         return Numbers(*form.quantize(rows))
+
+
+MSE = Mse()

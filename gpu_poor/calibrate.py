@@ -1,0 +1,351 @@
+"""Quantizing with calibration data, block by block, on the activations of one block at a time.
+
+Two streams of hidden states go through the decoder: what the float model computes, and what the
+model quantized so far does. In each block the linears are taken in the order in which they run;
+those that read the same tensor together. Their inputs in both streams become statistics
+(:class:`gpu_poor.strategies.Inputs`), the strategy rounds the weights, and the quantized stream
+goes on with them. The model itself is not touched. Only the hidden states of the calibration data
+and one layer's statistics are held at a time; a block's inputs are computed again rather than kept.
+"""
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gpu_poor import memory, ops
+from gpu_poor.folds import Fold
+from gpu_poor.nn import KINDS
+from gpu_poor.nn.base import Stored, quantize_rows
+from gpu_poor.plan import Plan, Target, block_list
+from gpu_poor.strategies import Inputs, Recipe
+
+#: Tokens that go through a block at once.
+BATCH_TOKENS = 4096
+
+
+@dataclass
+class Calibrated:
+    """What calibration has decided; nothing of it is in the model yet."""
+
+    #: ``{memory.identity(weight): what it is stored as}``.
+    stored: dict[tuple, Stored] = field(default_factory=dict)
+    #: ``{norm name: its new parameters}``.
+    norms: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    #: Linears in the blocks that no calibration text reached, and that are rounded without it.
+    unreached: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    plan: Plan,
+    recipe: Recipe,
+    folds: list[Fold],
+    rows: list[Tensor],
+    activation: str,
+    progress: bool | None = None,
+) -> Calibrated:
+    """Choose the numbers of the linears in the decoder's blocks.
+
+    Args:
+        folds: of :func:`gpu_poor.folds.find_folds`, for the recipe's smoothing.
+        rows: token ids, int64 ``[1, T]`` each.
+        activation: the mode in which the quantized stream runs.
+
+    Raises:
+        ValueError: the model is no decoder of blocks, or its activations are not finite; the
+            message names the layer.
+    """
+    names = block_list(model)
+    blocks = list(model.get_submodule(names))
+    done = Calibrated()
+    with evaluating(model):
+        stream = _capture(model, blocks, rows)
+        work = [_BlockWork(model, f"{names}.{i}", plan) for i in range(len(blocks))]
+        bar = tqdm(
+            total=sum(w.n_weights for w in work),
+            desc="calibrating",
+            unit=" weights",
+            unit_scale=True,
+            disable=not (sys.stderr.isatty() if progress is None else progress),
+        )
+        with bar:
+            for i, block_work in enumerate(work):
+                last = i + 1 == len(work)
+                block_work.run(stream, i, recipe, folds, activation, done, bar, last)
+    return done
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode for a while."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# -- the two streams ---------------------------------------------------------------------------
+
+
+@dataclass
+class _Stream:
+    """The hidden states before a block, and what else each block is called with."""
+
+    exact: list[Tensor]
+    quantized: list[Tensor]
+    #: ``{shape of a batch of tokens: for each block (args, kwargs)}``; texts make no difference.
+    calls: dict[tuple, list[tuple[tuple, dict]]]
+
+    def call(self, block: nn.Module, i: int, hidden: Tensor) -> Tensor:
+        args, kwargs = self.calls[tuple(hidden.shape[:2])][i]
+        out = block(hidden, *args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+
+class _Reached(Exception):
+    """The hook that was waited for has run: nothing after it is of interest."""
+
+
+def _batches(rows: list[Tensor]) -> list[Tensor]:
+    by_length: dict[int, list[Tensor]] = {}
+    for row in rows:
+        by_length.setdefault(row.shape[1], []).append(row)
+    batches = []
+    for length, group in by_length.items():
+        size = max(1, BATCH_TOKENS // length)
+        batches += [torch.cat(group[i : i + size]) for i in range(0, len(group), size)]
+    return batches
+
+
+def _capture(model: nn.Module, blocks: list[nn.Module], rows: list[Tensor]) -> _Stream:
+    """Run up to the first block, and once for each shape of a batch through all of them."""
+    calls: dict[tuple, list] = {}
+    hidden: list[Tensor] = []
+    seen: list[tuple[Tensor, tuple, dict]] = []
+    whole = False
+
+    def hook(module, args, kwargs):
+        kwargs = dict(kwargs)
+        state = args[0] if args else kwargs.pop("hidden_states", None)
+        if not isinstance(state, Tensor) or state.dim() != 3:
+            raise ValueError(
+                f"{type(module).__name__} takes no hidden states [B, T, H]: cannot be calibrated"
+            )
+        seen.append((state, args[1:], kwargs))
+        if not whole:
+            raise _Reached
+
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
+    try:
+        for batch in _batches(rows):
+            shape, device = tuple(batch.shape), next(model.parameters()).device
+            whole = shape not in calls
+            seen.clear()
+            try:
+                model(input_ids=batch.to(device), use_cache=False)
+            except _Reached:
+                pass
+            if len(seen) != (len(blocks) if whole else 1):
+                raise ValueError(
+                    f"{type(model).__name__} does not run its blocks once each, in order: cannot "
+                    "be calibrated block by block"
+                )
+            if whole:
+                calls[shape] = [each[1:] for each in seen]
+            elif not _same(seen[0][1:], calls[shape][0]):
+                raise ValueError(
+                    f"the blocks of {type(model).__name__} read more of a text than hidden states: "
+                    "cannot be calibrated block by block"
+                )
+            hidden.append(seen[0][0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not all(bool(state.isfinite().all()) for state in hidden):
+        raise ValueError("the embeddings of the calibration data are not finite")
+    return _Stream(list(hidden), list(hidden), calls)
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return True
+
+
+# -- one block ---------------------------------------------------------------------------------
+
+
+class _BlockWork:
+    """The linears of one block."""
+
+    def __init__(self, model: nn.Module, name: str, plan: Plan):
+        self.name = name
+        self.block = model.get_submodule(name)
+        #: ``{name within the block: target}``.
+        self.targets = {
+            alias.removeprefix(f"{name}."): target
+            for target in plan.targets
+            for alias in target.names[:1]
+            if alias.startswith(f"{name}.") and issubclass(target.kind, KINDS["linear"])
+        }
+        self.n_weights = sum(t.module.weight.numel() for t in self.targets.values())
+
+    def run(
+        self,
+        stream: _Stream,
+        i: int,
+        recipe: Recipe,
+        folds: list[Fold],
+        activation: str,
+        done: Calibrated,
+        bar: tqdm,
+        last: bool,
+    ) -> None:
+        """Round the block's linears, and take both streams through the block."""
+        twin = _sharing_copy(self.block)
+        by_reader = {name: fold for fold in folds for name in fold.linears}
+        reached = set()
+        for group in self._groups(stream, i):
+            reached |= set(group)
+            inputs = self._inputs(stream, i, twin, group[0], recipe)
+            fold = by_reader.get(f"{self.name}.{group[0]}")
+            factors = None
+            if fold is not None and set(fold.linears) == {f"{self.name}.{n}" for n in group}:
+                factors = self._smooth(twin, fold, group, recipe, inputs, done)
+            if factors is not None:
+                inputs = inputs.divided_by(factors)
+            for name in group:
+                stored = self._round(name, recipe, inputs, factors, done)
+                target = self.targets[name]
+                module = target.kind.from_float(target.module, {"weight": stored}, activation)
+                _put(twin, name, module)
+                bar.update(target.module.weight.numel())
+        for name in self.targets.keys() - reached:
+            done.unreached.append(f"{self.name}.{name}")
+            bar.update(self.targets[name].module.weight.numel())
+        if last:
+            return
+        for states, block in ((stream.exact, self.block), (stream.quantized, twin)):
+            for b, state in enumerate(states):
+                states[b] = stream.call(block, i, state)
+        if not all(bool(state.isfinite().all()) for state in stream.quantized):
+            raise ValueError(f"the activations after {self.name} are not finite")
+
+    def _groups(self, stream: _Stream, i: int) -> list[list[str]]:
+        """The linears in the order in which they run; those that read one tensor together."""
+        order: list[tuple[str, Tensor]] = []
+        handles = [
+            target.module.register_forward_pre_hook(
+                lambda module, args, name=name: order.append((name, args[0]))
+            )
+            for name, target in self.targets.items()
+        ]
+        try:
+            stream.call(self.block, i, stream.exact[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        groups: dict[tuple, list[str]] = {}
+        taken = set()
+        for name, x in order:
+            if name not in taken:
+                taken.add(name)
+                groups.setdefault(memory.identity(x), []).append(name)
+        return list(groups.values())
+
+    def _inputs(
+        self, stream: _Stream, i: int, twin: nn.Module, name: str, recipe: Recipe
+    ) -> Inputs:
+        k = self.targets[name].rows()["weight"].shape[1]
+        gram, drift = torch.zeros(k, k), torch.zeros(k, k)
+        absmax, n = torch.zeros(k), 0
+        dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        for exact, quantized in zip(stream.exact, stream.quantized, strict=True):
+            x = _input_of(stream, i, twin, name, quantized)
+            n += x.shape[0]
+            absmax = torch.maximum(absmax, ops.channel_stats(x)[0])
+            if recipe.needs_gram:
+                ops.gram_(gram, x)
+                # The drift is small, and so is what bfloat16 loses of it.
+                shift = (_input_of(stream, i, self.block, name, exact) - x).to(dtype)
+                drift += shift.T @ x.to(dtype)
+        if not bool(absmax.isfinite().all()):
+            raise ValueError(f"the inputs of {self.name}.{name} are not finite")
+        return Inputs(gram.div_(n), drift.div_(n), absmax, n)
+
+    def _smooth(self, twin, fold: Fold, group, recipe: Recipe, inputs, done) -> Tensor | None:
+        """Decide on factors; the norm of the quantized stream is divided by them."""
+        norm = fold.norm.removeprefix(f"{self.name}.")
+        if recipe.smoothing is None or norm == fold.norm:  # a norm outside of the block
+            return None
+        module = self.block.get_submodule(norm)
+        rows = [self.targets[name].rows()["weight"] for name in group]
+        factors = recipe.smoothing.factors(fold.gain(module.weight), rows, inputs)
+        if factors is None:
+            return None
+        done.norms[fold.norm] = fold.folded(module, factors)
+        for name, parameter in done.norms[fold.norm].items():
+            setattr(twin.get_submodule(norm), name, parameter)
+        return factors
+
+    def _round(self, name, recipe: Recipe, inputs, factors, done: Calibrated) -> Stored:
+        target: Target = self.targets[name]
+        key = memory.identity(target.module.weight)
+        if key in done.stored:  # a weight that several blocks share
+            return done.stored[key]
+        try:
+            stored = quantize_rows(
+                target.rows()["weight"], target.form, None, recipe.rounding, inputs, factors
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.name}.{name}: {error}") from error
+        if not stored.is_finite():
+            raise ValueError(
+                f"{self.name}.{name}.weight is not finite: it holds a NaN or an infinity"
+            )
+        stored = stored._replace(weight=nn.Parameter(stored.weight, requires_grad=False))
+        done.stored[key] = stored
+        return stored
+
+
+def _sharing_copy(block: nn.Module) -> nn.Module:
+    """A copy of the modules whose tensors are the block's own."""
+    tensors = [*block.parameters(), *block.buffers()]
+    return copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
+
+
+def _put(block: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(block.get_submodule(parent), child, module)
+
+
+def _input_of(stream: _Stream, i: int, block: nn.Module, name: str, hidden: Tensor) -> Tensor:
+    """What a linear of the block reads, as rows ``[M, K]``."""
+    found: list[Tensor] = []
+
+    def hook(module, args):
+        found.append(args[0])
+        raise _Reached
+
+    handle = block.get_submodule(name).register_forward_pre_hook(hook)
+    try:
+        stream.call(block, i, hidden)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0].reshape(-1, found[0].shape[-1])
