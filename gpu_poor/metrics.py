@@ -16,14 +16,12 @@ and losses that cancel and is noise below about half a percent on a few thousand
 
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from gpu_poor import _needs_transformers
 from gpu_poor.metrics_input import (
     LENGTH,
     N_TOKENS,
@@ -32,6 +30,8 @@ from gpu_poor.metrics_input import (
     check_float,
     check_model,
     check_pair,
+    n_positions,
+    tokenizer_of,
     warn_if_few,
     windows,
 )
@@ -180,25 +180,11 @@ def summarize(stats: TokenStats, window: int, text_sha256: str) -> Quality:
 # -- models -------------------------------------------------------------------------------------
 
 
-def _n_positions(model: nn.Module) -> int:
-    """The longest window the model can take; as long as asked for where its config has no limit."""
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
-
-
 def _windows_for(model: nn.Module, text, tokenizer, length, n_tokens) -> Tensor:
     text = as_text(text, tokenizer)
     if isinstance(text, str) and tokenizer is None:
-        with _needs_transformers("text without a tokenizer"):
-            from transformers import AutoTokenizer
-
-        path = getattr(model, "name_or_path", "")
-        if not path:
-            raise ValueError("the model does not name its tokenizer; pass tokenizer=")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    return windows(text, tokenizer, min(length, _n_positions(model)), n_tokens)
+        tokenizer = tokenizer_of(model)
+    return windows(text, tokenizer, min(length, n_positions(model)), n_tokens)
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,6 +5,7 @@ what cannot be meant is an error that names the argument and says what is expect
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
@@ -61,6 +62,31 @@ def check_pair(model: object, reference: object) -> None:
             "original again"
         )
     check_float(reference)
+
+
+def n_positions(model: nn.Module) -> int:
+    """The longest input the model can take; as long as asked for where its config has no limit."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def tokenizer_of(model: nn.Module) -> Callable:
+    """The tokenizer saved with a transformers model.
+
+    Raises:
+        ValueError: the model does not name the folder that it was loaded from.
+    """
+    from gpu_poor import _needs_transformers
+
+    with _needs_transformers("text without a tokenizer"):
+        from transformers import AutoTokenizer
+
+    path = getattr(model, "name_or_path", "")
+    if not path:
+        raise ValueError("the model does not name its tokenizer; pass tokenizer=")
+    return AutoTokenizer.from_pretrained(path)
 
 
 # -- texts --------------------------------------------------------------------------------------
