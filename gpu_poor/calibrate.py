@@ -12,14 +12,14 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpu_poor import memory, ops
-from gpu_poor.folds import Fold
+from gpu_poor.folds import Decided, Fold, find_folds
 from gpu_poor.nn import KINDS
 from gpu_poor.nn.base import Stored, quantize_rows
 from gpu_poor.plan import Plan, Target, block_list
@@ -27,18 +27,8 @@ from gpu_poor.strategies import Inputs, Recipe
 
 #: Tokens that go through a block at once.
 BATCH_TOKENS = 4096
-
-
-@dataclass
-class Calibrated:
-    """What calibration has decided; nothing of it is in the model yet."""
-
-    #: ``{memory.identity(weight): what it is stored as}``.
-    stored: dict[tuple, Stored] = field(default_factory=dict)
-    #: ``{norm name: its new parameters}``.
-    norms: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
-    #: Linears in the blocks that no calibration text reached, and that are rounded without it.
-    unreached: list[str] = field(default_factory=list)
+#: Texts are cut into rows of so many tokens.
+CALIBRATION_LENGTH = 512
 
 
 @torch.no_grad()
@@ -46,15 +36,13 @@ def calibrate(
     model: nn.Module,
     plan: Plan,
     recipe: Recipe,
-    folds: list[Fold],
     rows: list[Tensor],
     activation: str,
     progress: bool | None = None,
-) -> Calibrated:
+) -> Decided:
     """Choose the numbers of the linears in the decoder's blocks.
 
     Args:
-        folds: of :func:`gpu_poor.folds.find_folds`, for the recipe's smoothing.
         rows: token ids, int64 ``[1, T]`` each.
         activation: the mode in which the quantized stream runs.
 
@@ -64,7 +52,13 @@ def calibrate(
     """
     names = block_list(model)
     blocks = list(model.get_submodule(names))
-    done = Calibrated()
+    done = Decided()
+    folds = []
+    if recipe.smoothing is not None:
+        try:
+            folds = find_folds(model, plan)
+        except RuntimeError as error:
+            done.unsmoothed = f"{recipe.smoothing.name} left the norms alone: {error}"
     with evaluating(model):
         stream = _capture(model, blocks, rows)
         work = [_BlockWork(model, f"{names}.{i}", plan) for i in range(len(blocks))]
@@ -211,7 +205,7 @@ class _BlockWork:
         recipe: Recipe,
         folds: list[Fold],
         activation: str,
-        done: Calibrated,
+        done: Decided,
         bar: tqdm,
         last: bool,
     ) -> None:
@@ -302,7 +296,7 @@ class _BlockWork:
             setattr(twin.get_submodule(norm), name, parameter)
         return factors
 
-    def _round(self, name, recipe: Recipe, inputs, factors, done: Calibrated) -> Stored:
+    def _round(self, name, recipe: Recipe, inputs, factors, done: Decided) -> Stored:
         target: Target = self.targets[name]
         key = memory.identity(target.module.weight)
         if key in done.stored:  # a weight that several blocks share

@@ -10,7 +10,7 @@ one (Gemma), is tried out on a small copy.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpu_poor.nn import KINDS
+from gpu_poor.nn.base import Stored
 from gpu_poor.plan import Plan
+from gpu_poor.strategies import Recipe, Smoothing
 
 
 @dataclass
@@ -45,6 +47,72 @@ class Fold:
             )
             for name, value in new.items()
         }
+
+
+@dataclass
+class Decided:
+    """What was decided before any weight is swapped; nothing of it is in the model yet."""
+
+    #: ``{memory.identity(weight): what it is stored as}``, by calibration.
+    stored: dict[tuple, Stored] = field(default_factory=dict)
+    #: ``{norm name: its new parameters}``.
+    norms: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    #: ``{linear name: what its columns are multiplied by}``, of the linears not in ``stored``.
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    #: Linears in the blocks that no calibration text reached: rounded without.
+    unreached: list[str] = field(default_factory=list)
+    #: Why smoothing was not tried.
+    unsmoothed: str = ""
+
+    def apply_norms(self, model: nn.Module) -> None:
+        """Put the new parameters of the norms into a model."""
+        for name, parameters in self.norms.items():
+            for leaf, parameter in parameters.items():
+                setattr(model.get_submodule(name), leaf, parameter)
+
+    def remarks(self, how: Recipe) -> list[str]:
+        """For the receipt."""
+        lines = [f"numbers chosen by {' and '.join(how.names)}"]
+        if self.norms:
+            lines[0] += f": {len(self.norms)} norms folded"
+        if self.unreached:
+            lines.append(
+                f"no calibration text reached {len(self.unreached)} linears, e.g. "
+                f"{self.unreached[0]}: rounded without"
+            )
+        if self.unsmoothed:
+            lines.append(self.unsmoothed)
+        return lines
+
+
+def smooth(model: nn.Module, plan: Plan, how: Recipe) -> Decided:
+    """Fold by weights alone."""
+    done = Decided()
+    if how.smoothing is None or not _worth_tracing(model, how.smoothing):
+        return done
+    try:
+        folds = find_folds(model, plan)
+    except RuntimeError as error:
+        done.unsmoothed = f"{how.smoothing.name} left the norms alone: {error}"
+        return done
+    targets = {name: target for target in plan.targets for name in target.names}
+    for fold in folds:
+        module = model.get_submodule(fold.norm)
+        rows = [targets[name].rows()["weight"] for name in fold.linears]
+        factors = how.smoothing.factors(fold.gain(module.weight), rows, None)
+        if factors is not None:
+            done.norms[fold.norm] = fold.folded(module, factors)
+            done.factors |= {targets[name].name: factors for name in fold.linears}
+    return done
+
+
+def _worth_tracing(model: nn.Module, smoothing: Smoothing) -> bool:
+    """Whether any norm could be folded, be its weight a gain or a gain minus one."""
+    return any(
+        smoothing.factors(norm.weight.detach().float() + offset, [], None) is not None
+        for _, norm in _norms(model)
+        for offset in (0.0, 1.0)
+    )
 
 
 def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpu_poor import memory, ops
+from gpu_poor.calibrate import CALIBRATION_LENGTH, calibrate
+from gpu_poor.folds import Decided, smooth
 from gpu_poor.formats import Format
 from gpu_poor.nn import QuantizedModule
 from gpu_poor.nn.base import Stored, quantize_rows, take_hooks
@@ -27,6 +29,8 @@ from gpu_poor.plan import (
     share_scales,
 )
 from gpu_poor.receipt import make_receipt
+from gpu_poor.samples import SampleInputs, token_rows
+from gpu_poor.strategies import MSE, Recipe, Strategies, recipe
 
 #: A bar shows up after this many seconds of work.
 PROGRESS_DELAY_S = 1.0
@@ -37,6 +41,9 @@ def quantize(
     bits: int = 8,
     *,
     overrides: Overrides = None,
+    strategy: Strategies = None,
+    sample_inputs: SampleInputs | None = None,
+    tokenizer: Callable | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     activation: str = "a16",
@@ -60,6 +67,12 @@ def quantize(
         overrides: ``{pattern: 16, 8, 4 or a name in gpu_poor.formats.FORMATS}`` for parts of the
             model, 32 or "fp32" to keep one in float; of several that match a module the last one
             counts.
+        strategy: how the numbers are chosen: a name in gpu_poor.strategies.STRATEGIES, a configured
+            instance, or one that rounds and one that smooths. By default ("equalize", "mse"),
+            which need no data, and ("equalize", "gptq") with sample_inputs.
+        sample_inputs: texts like those the model is for, or token ids (gpu_poor.samples): the
+            decoder's blocks are calibrated on them.
+        tokenizer: for texts in sample_inputs; default: the one saved with the model.
         include: fnmatch patterns over module names; only these modules, and what is below them.
         exclude: the same, to leave out.
         activation: "a16" (default), "a8" or "a32": how activations enter the integer products.
@@ -80,6 +93,9 @@ def quantize(
     """
     started = time.perf_counter()
     check_options(bits, activation, overrides)
+    how = recipe(strategy, calibrated=sample_inputs is not None)
+    if how.needs_inputs and sample_inputs is None:
+        raise ValueError(f"strategy {' and '.join(how.names)} needs sample_inputs")
     check_quantizable(model)
     options = dict(include=include, exclude=exclude, critical_layers=critical_layers)
     options = {
@@ -90,9 +106,15 @@ def quantize(
         check_reduction(model, plan)
     check_finite(target_free_parameters(model, plan))
     before, kept = memory.by_class(model), plan.kept_groups()
-    quantized = quantize_weights(plan, progress)
+    if sample_inputs is None:
+        done = smooth(model, plan, how)
+    else:
+        rows = token_rows(model, sample_inputs, tokenizer, length=CALIBRATION_LENGTH)
+        done = calibrate(model, plan, how, rows, activation, progress)
+    quantized = quantize_weights(plan, how, done, progress)
     with restoring(model):
         swap(model, plan.targets, quantized, activation)
+        done.apply_norms(model)
         share_scales(model)
         if _is_transformers_model(model):
             from gpu_poor import hf
@@ -100,8 +122,8 @@ def quantize(
             options |= dict(bits=bits, overrides=overrides)
             options |= dict(activation=activation, allow_partial=allow_partial)
             hf.attach(model, **options)
-        receipt = make_receipt(model, before, kept)
-    del plan, quantized  # the last reference to the float weights
+        receipt = make_receipt(model, before, kept, done.remarks(how))
+    del plan, quantized, done  # the last reference to the float weights
     with suppress(Exception):  # memory that is not given back is no reason to fail now
         memory.leave_files(model)
         memory.trim()
@@ -203,12 +225,18 @@ Quantized = dict[int, Stored]
 
 
 @torch.no_grad()
-def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
-    """``{id of the float weight: what it is stored as}``; the model is not touched."""
+def quantize_weights(plan: Plan, how: Recipe, done: Decided, progress: bool | None) -> Quantized:
+    """``{id of the float weight: what it is stored as}``; the model is not touched.
+
+    Args:
+        how: a rounding that needs inputs is for what ``done`` has already; the rest is without.
+        done: weights that calibration has rounded, and factors for the columns of others.
+    """
     every = [(t, name, weight) for t in plan.targets for name, weight in t.weights().items()]
     weights = {}
     for target, name, weight in every:
-        weights.setdefault(memory.identity(weight), (target, name, weight))
+        if memory.identity(weight) not in done.stored:
+            weights.setdefault(memory.identity(weight), (target, name, weight))
     show = sys.stderr.isatty() if progress is None else progress
     bar = tqdm(
         total=sum(weight.nbytes for *_, weight in weights.values()),
@@ -219,17 +247,22 @@ def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
         disable=not show,
     )
 
-    jobs = {key: (t.rows()[n].detach(), t.form) for key, (t, n, _) in weights.items()}
-    scratch = _scratch([rows for rows, _ in jobs.values()])
+    rounding = MSE if how.rounding.needs_inputs else how.rounding
+    jobs = {
+        key: (t.rows()[n].detach(), t.form, done.factors.get(t.name))
+        for key, (t, n, _) in weights.items()
+    }
+    scratch = _scratch([rows for rows, *_ in jobs.values()])
 
-    def work(job: tuple[Tensor, Format]) -> Stored:
+    def work(job: tuple[Tensor, Format, Tensor | None]) -> Stored:
+        rows, form, factors = job
         buffer = scratch.get()
         try:
-            return quantize_rows(*job, buffer)
+            return quantize_rows(rows, form, buffer, rounding, None, factors)
         finally:
             scratch.put(buffer)
 
-    done = {}
+    finished = dict(done.stored)
     with bar, ThreadPoolExecutor(scratch.qsize()) as pool:
         for key, stored in zip(jobs, pool.map(work, jobs.values()), strict=True):
             target, name, weight = weights[key]
@@ -237,9 +270,9 @@ def quantize_weights(plan: Plan, progress: bool | None) -> Quantized:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise not_finite(f"{target.name}.{name}")
             parameter = nn.Parameter(stored.weight, requires_grad=False)
-            done[key] = stored._replace(weight=parameter)
+            finished[key] = stored._replace(weight=parameter)
             bar.update(weight.nbytes)
-    return {id(weight): done[memory.identity(weight)] for *_, weight in every}
+    return {id(weight): finished[memory.identity(weight)] for *_, weight in every}
 
 
 def _scratch(rows: list[Tensor]) -> SimpleQueue:
@@ -273,14 +306,18 @@ def swap(model: nn.Module, targets: list[Target], quantized: Quantized, activati
 @contextmanager
 def restoring(model: nn.Module) -> Iterator[None]:
     """Put the modules and attributes of a model back if what is done meanwhile fails."""
-    before = [(m, dict(vars(m)), m._modules, dict(m._modules)) for m in model.modules()]
+    before = [
+        (m, dict(vars(m)), (m._modules, dict(m._modules)), (m._parameters, dict(m._parameters)))
+        for m in model.modules()
+    ]
     try:
         yield
     except BaseException:
-        for module, *saved in before:
+        for module, attributes, *tables in before:
             # Not setattr, which may be what has failed.
-            _refill(vars(module), saved[0])
-            _refill(*saved[1:])
+            _refill(vars(module), attributes)
+            for table in tables:
+                _refill(*table)
         raise
 
 

@@ -27,6 +27,8 @@ class Receipt:
     before: dict[str, int]
     after: dict[str, int]
     kept: list[Kept] = field(default_factory=list)
+    #: How the numbers were chosen, and what could not be done as asked.
+    remarks: list[str] = field(default_factory=list)
     seconds: float | None = None
 
     @property
@@ -68,7 +70,7 @@ class Receipt:
             f"({kept.n_bytes / MB:.2f} MB, e.g. {kept.example}): {kept.reason}"
             for kept in self.kept
         ]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  {remark}" for remark in self.remarks])
 
 
 def count_modules(model: nn.Module) -> dict[str, int]:
@@ -110,7 +112,7 @@ def make_receipt(
     model: nn.Module,
     before: dict[str, int],
     kept: list[Kept] | None = None,
-    seconds: float | None = None,
+    remarks: list[str] | None = None,
 ) -> Receipt:
     """The receipt of a quantized model; ``before`` is :func:`memory.by_class` of the float one."""
     return Receipt(
@@ -122,7 +124,7 @@ def make_receipt(
         before=before,
         after=memory.by_class(model),
         kept=kept or [],
-        seconds=seconds,
+        remarks=remarks or [],
     )
 
 

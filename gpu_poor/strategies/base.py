@@ -46,9 +46,7 @@ class Inputs:
     def divided_by(self, factors: Tensor) -> "Inputs":
         """Those of the same layer once its inputs are divided by ``factors``, ``[K]``."""
         outer = torch.outer(factors, factors)
-        return Inputs(
-            self.gram / outer, self.drift / outer, self.absmax / factors, self.n_tokens
-        )
+        return Inputs(self.gram / outer, self.drift / outer, self.absmax / factors, self.n_tokens)
 
 
 class Strategy:
