@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from gpu_poor import memory, ops
 from gpu_poor.folds import Decided, Fold, find_folds
-from gpu_poor.nn import KINDS
 from gpu_poor.nn.base import Stored, quantize_rows
 from gpu_poor.plan import Plan, Target, block_list
 from gpu_poor.strategies import Inputs, Recipe
@@ -194,7 +193,7 @@ class _BlockWork:
             alias.removeprefix(f"{name}."): target
             for target in plan.targets
             for alias in target.names[:1]
-            if alias.startswith(f"{name}.") and issubclass(target.kind, KINDS["linear"])
+            if alias.startswith(f"{name}.") and target.is_linear
         }
         self.n_weights = sum(t.module.weight.numel() for t in self.targets.values())
 
@@ -291,9 +290,8 @@ class _BlockWork:
         factors = recipe.smoothing.factors(fold.gain(module.weight), rows, inputs)
         if factors is None:
             return None
-        done.norms[fold.norm] = fold.folded(module, factors)
-        for name, parameter in done.norms[fold.norm].items():
-            setattr(twin.get_submodule(norm), name, parameter)
+        done.norms[fold.norm] = fold, factors
+        fold.apply(twin.get_submodule(norm), factors)
         return factors
 
     def _round(self, name, recipe: Recipe, inputs, factors, done: Decided) -> Stored:

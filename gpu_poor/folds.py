@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpu_poor.nn import KINDS
 from gpu_poor.nn.base import Stored
 from gpu_poor.plan import Plan
-from gpu_poor.strategies import Recipe, Smoothing
+from gpu_poor.strategies import Recipe
 
 
 @dataclass
@@ -36,17 +35,14 @@ class Fold:
         """Float32 ``[K]`` of the norm's weight."""
         return weight.detach().float() + self.offset
 
-    def folded(self, norm: nn.Module, factors: Tensor) -> dict[str, nn.Parameter]:
-        """The norm's parameters once its output is divided by ``factors``."""
+    def apply(self, norm: nn.Module, factors: Tensor) -> None:
+        """Divide a norm's output by ``factors``. Its parameters are replaced, not written to."""
         new = {"weight": self.gain(norm.weight) / factors - self.offset}
         if getattr(norm, "bias", None) is not None:
             new["bias"] = norm.bias.detach().float() / factors
-        return {
-            name: nn.Parameter(
-                value.to(getattr(norm, name).dtype), getattr(norm, name).requires_grad
-            )
-            for name, value in new.items()
-        }
+        for name, value in new.items():
+            old = getattr(norm, name)
+            setattr(norm, name, nn.Parameter(value.to(old.dtype), old.requires_grad))
 
 
 @dataclass
@@ -55,8 +51,8 @@ class Decided:
 
     #: ``{memory.identity(weight): what it is stored as}``, by calibration.
     stored: dict[tuple, Stored] = field(default_factory=dict)
-    #: ``{norm name: its new parameters}``.
-    norms: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    #: ``{norm name: what its output is divided by}``.
+    norms: dict[str, tuple[Fold, Tensor]] = field(default_factory=dict)
     #: ``{linear name: what its columns are multiplied by}``, of the linears not in ``stored``.
     factors: dict[str, Tensor] = field(default_factory=dict)
     #: Linears in the blocks that no calibration text reached: rounded without.
@@ -65,10 +61,9 @@ class Decided:
     unsmoothed: str = ""
 
     def apply_norms(self, model: nn.Module) -> None:
-        """Put the new parameters of the norms into a model."""
-        for name, parameters in self.norms.items():
-            for leaf, parameter in parameters.items():
-                setattr(model.get_submodule(name), leaf, parameter)
+        """Fold the norms of a model, which has its weights by now."""
+        for name, (fold, factors) in self.norms.items():
+            fold.apply(model.get_submodule(name), factors)
 
     def remarks(self, how: Recipe) -> list[str]:
         """For the receipt."""
@@ -85,34 +80,45 @@ class Decided:
         return lines
 
 
-def smooth(model: nn.Module, plan: Plan, how: Recipe) -> Decided:
-    """Fold by weights alone."""
+def smooth(
+    model: nn.Module, plan: Plan, how: Recipe, weights: dict[str, Tensor] | None = None
+) -> Decided:
+    """Fold by weights alone.
+
+    Args:
+        weights: ``{norm name: its weight}`` for a model without data, of which no other weight is
+            there to be looked at.
+    """
     done = Decided()
-    if how.smoothing is None or not _worth_tracing(model, how.smoothing):
+    if how.smoothing is None:
+        return done
+    if weights is None:
+        weights = {name: norm.weight.detach() for name, norm in norms(model)}
+        rows = {name: t.rows()["weight"] for t in plan.targets for name in t.names if t.is_linear}
+    else:
+        rows = {}
+    # Whatever a norm adds to its weight: tracing a model takes longer than asking.
+    if not any(
+        how.smoothing.factors(weight.float() + offset, [], None) is not None
+        for weight in weights.values()
+        for offset in (0.0, 1.0)
+    ):
         return done
     try:
         folds = find_folds(model, plan)
     except RuntimeError as error:
         done.unsmoothed = f"{how.smoothing.name} left the norms alone: {error}"
         return done
-    targets = {name: target for target in plan.targets for name in target.names}
+    aliases = {name: target.names for target in plan.targets for name in target.names}
     for fold in folds:
-        module = model.get_submodule(fold.norm)
-        rows = [targets[name].rows()["weight"] for name in fold.linears]
-        factors = how.smoothing.factors(fold.gain(module.weight), rows, None)
+        if fold.norm not in weights:
+            continue
+        gain = fold.gain(weights[fold.norm])
+        factors = how.smoothing.factors(gain, [rows[n] for n in fold.linears if rows], None)
         if factors is not None:
-            done.norms[fold.norm] = fold.folded(module, factors)
-            done.factors |= {targets[name].name: factors for name in fold.linears}
+            done.norms[fold.norm] = fold, factors
+            done.factors |= {alias: factors for name in fold.linears for alias in aliases[name]}
     return done
-
-
-def _worth_tracing(model: nn.Module, smoothing: Smoothing) -> bool:
-    """Whether any norm could be folded, be its weight a gain or a gain minus one."""
-    return any(
-        smoothing.factors(norm.weight.detach().float() + offset, [], None) is not None
-        for _, norm in _norms(model)
-        for offset in (0.0, 1.0)
-    )
 
 
 def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
@@ -121,21 +127,16 @@ def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
     Raises:
         RuntimeError: the model cannot be run without data, so nothing is known of it.
     """
-    linears = {
-        name: target
-        for target in plan.targets
-        for name in target.names
-        if issubclass(target.kind, KINDS["linear"])
-    }
+    linears = {name: target for target in plan.targets for name in target.names if target.is_linear}
     twin = without_data(model)
-    norms = dict(_norms(twin))
-    if not norms or not linears:
+    found = dict(norms(twin))
+    if not found or not linears:
         return []
     inputs = _token_inputs(model)
     watch = _Watch()
     handles = []
     for name, module in twin.named_modules():
-        if name in norms:
+        if name in found:
             handles.append(module.register_forward_hook(_after_norm(watch, name)))
         elif name in linears:
             handles.append(module.register_forward_pre_hook(_before_linear(watch, name)))
@@ -161,7 +162,7 @@ def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
 
 
 def without_data(module: nn.Module) -> nn.Module:
-    """A bfloat16 copy on the meta device: torch's grouped matmul of experts knows no other dtype there."""
+    """A bfloat16 copy on the meta device, where torch's matmul of experts takes nothing else."""
     tensors = [*module.parameters(), *module.buffers()]
     memo = {}
     for tensor in tensors:
@@ -174,6 +175,11 @@ def without_data(module: nn.Module) -> nn.Module:
 
 def gain_offset(norm: nn.Module) -> float | None:
     """0 if a norm multiplies by its weight, 1 if by its weight plus one, None if by neither."""
+    with torch.device("cpu"):  # while transformers builds a skeleton, the default is meta
+        return _gain_offset(norm)
+
+
+def _gain_offset(norm: nn.Module) -> float | None:
     memo = {id(p): nn.Parameter(torch.rand(p.shape) + 0.5, False) for p in norm.parameters()}
     try:
         before = copy.deepcopy(norm, memo).to("cpu")
@@ -182,8 +188,7 @@ def gain_offset(norm: nn.Module) -> float | None:
         factors = torch.arange(k).remainder(3).float().exp2()
         for offset in (0.0, 1.0):
             after = copy.deepcopy(before)
-            for name, value in Fold("", offset, ()).folded(before, factors).items():
-                setattr(after, name, value)
+            Fold("", offset, ()).apply(after, factors)
             if torch.allclose(after(x) * factors, before(x), rtol=1e-4, atol=1e-5):
                 return offset
     except Exception:  # a norm that takes more than x, or is none after all
@@ -191,7 +196,7 @@ def gain_offset(norm: nn.Module) -> float | None:
     return None
 
 
-def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules with a vector for a weight, and with no more than a bias beside it."""
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -240,7 +245,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
-            # A model asks what its mask or its positions are like: like nothing out of the ordinary.
+            # A model asks what its mask or its positions are like: nothing out of the ordinary.
             return False if args[0].dtype == torch.bool else 0
         out = func(*args, **(kwargs or {}))
         read = {self.outputs.get(_storage(t)) for t in tree_leaves((args, kwargs))} - {None}

@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gpu_poor import memory, ops
+from gpu_poor.folds import smooth
 from gpu_poor.formats import FORMATS
 from gpu_poor.hf_load import (
     METHOD,
@@ -36,6 +37,7 @@ from gpu_poor.hf_load import (
     check_loaded,
     float_parameters,
     keep_stored_dtypes,
+    norm_weights,
     read_headers,
     saved_targets,
     swap_skeleton,
@@ -54,6 +56,7 @@ from gpu_poor.plan import (
 )
 from gpu_poor.quantize import check_options, dequantize
 from gpu_poor.receipt import make_receipt
+from gpu_poor.strategies import recipe
 
 #: Of the saved form; a reader refuses any it does not know.
 VERSION = 1
@@ -69,6 +72,7 @@ class GpuPoorConfig(QuantizationConfigMixin):
     Args:
         bits, overrides, activation, include, exclude, critical_layers, allow_partial: as of
             :func:`gpu_poor.quantize`.
+        strategy: names of strategies that need no data, or what a saved model was made with.
         modules: ``{module name: kind}``, the quantized modules of a saved model; None before.
         formats: ``{module name: format}`` of those that are not int8.
         ties: ``{module name: owner}``, modules whose weight is another one's.
@@ -83,6 +87,7 @@ class GpuPoorConfig(QuantizationConfigMixin):
         self,
         bits: int = 8,
         overrides: Overrides = None,
+        strategy: str | list[str] | None = None,
         activation: str = "a16",
         include: Patterns = None,
         exclude: Patterns = None,
@@ -110,6 +115,7 @@ class GpuPoorConfig(QuantizationConfigMixin):
         self.version = version
         self.bits = bits
         self.overrides = None if overrides is None else dict(overrides)
+        self.strategy = _strategies(strategy)
         self.activation = activation
         self.include = _patterns("include", include)
         self.exclude = _patterns("exclude", exclude)
@@ -124,6 +130,16 @@ class GpuPoorConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"{METHOD} config: formats, ties or activations of no module: {sorted(stray)}"
             )
+
+
+def _strategies(value: str | list[str] | None) -> list[str] | None:
+    names = [value] if isinstance(value, str) else value
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{METHOD} config: strategy must be a name or a list of names: {value!r}")
+    recipe(names, calibrated=False)  # raises if one is unknown
+    return list(names)
 
 
 def _patterns(key: str, value: Patterns) -> Patterns:
@@ -200,12 +216,23 @@ class GpuPoorQuantizer(HfQuantizer):
                 check_reduction(model, plan)
             targets = plan.targets
             self._before, self._kept = memory.by_class(model), plan.kept_groups()
+            self._incoming = self._prepare(model, plan, checkpoint_files or ())
         swap_skeleton(model, targets, config, stored_dtypes=self.pre_quantized)
         if self.pre_quantized and checkpoint_files is not None:
             keep_stored_dtypes(model)
             check_files(model, header, listed)
         self._floats = float_parameters(model)
         return model
+
+    def _prepare(self, model, plan, files) -> Incoming:
+        """Decide what weights alone decide, before they come one by one."""
+        how = recipe(self.quantization_config.strategy, calibrated=False)
+        if how.needs_inputs:
+            raise ValueError(
+                f"{METHOD}: strategy {' and '.join(how.names)} needs calibration data: load the "
+                "float model and call gpu_poor.quantize(model, sample_inputs=...)"
+            )
+        return Incoming(how, smooth(model, plan, how, norm_weights(model, files)))
 
     @property
     def quantized_element_size(self) -> float:
@@ -229,12 +256,14 @@ class GpuPoorQuantizer(HfQuantizer):
             check_device_map(getattr(model, "hf_device_map", None))
             check_complete(model, scales=self.pre_quantized)
             self._restore_shared_scales(model)
+            self._incoming.decided.apply_norms(model)
+            remarks = self._incoming.decided.remarks(self._incoming.how)
             check_loaded(model, self._floats)
         finally:
             self._incoming = Incoming()
         if not self.pre_quantized:
             memory.leave_files(model)
-            model.gpu_poor_receipt = make_receipt(model, self._before, self._kept)
+            model.gpu_poor_receipt = make_receipt(model, self._before, self._kept, remarks)
             self.pre_quantized = True
         memory.trim()
         _attach(model, self)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gpu_poor import formats
+from gpu_poor.folds import norms
 from gpu_poor.nn import KINDS, QuantizedModule, kind_of
 from gpu_poor.nn.base import empty
 from gpu_poor.plan import Target, share_scales, ties_of
@@ -223,6 +224,18 @@ def read_headers(files: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or corrupted: {error}") from error
     return header
+
+
+def norm_weights(model: nn.Module, files: Iterable[str]) -> dict[str, torch.Tensor]:
+    """``{module name: weight}`` of the norms of a skeleton, read ahead from its files."""
+    found = {}
+    wanted = {key: name for name, _ in norms(model) for key in candidates(model, f"{name}.weight")}
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                for key in wanted.keys() & set(opened.keys()):
+                    found[wanted[key]] = opened.get_tensor(key).clone()
+    return found
 
 
 def check_complete(model: nn.Module, scales: bool) -> None:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist
 
 from gpu_poor import memory
+from gpu_poor.folds import Decided
 from gpu_poor.formats import Format
 from gpu_poor.nn import QuantizedModule
 from gpu_poor.nn.base import Stored, empty, quantize_rows
 from gpu_poor.quantize import not_finite
+from gpu_poor.strategies import Recipe, recipe
 
 #: Give freed memory back each time this many bytes of float weights have been quantized.
 TRIM_BYTES = 1 << 29
@@ -36,6 +38,9 @@ def is_quantized_weight(model: nn.Module, name: str) -> bool:
 class Incoming:
     """What one load has brought so far."""
 
+    #: How weights are rounded, and which of them are smoothed.
+    how: Recipe = field(default_factory=lambda: recipe(None, calibrated=False))
+    decided: Decided = field(default_factory=Decided)
     #: Scales of the weights that can be tied, by module name.
     scales: dict[str, Tensor] = field(default_factory=dict)
     #: Raised after loading: transformers would only log what is raised in between.
@@ -53,10 +58,12 @@ class Incoming:
         module_name, _, name = full_name.rpartition(".")
         module = model.get_submodule(module_name)
         form, shape = module.formats[name], module.shapes[name]
+        factors = self.decided.factors.get(module_name)
         if isinstance(value, list):
             stored = self._pieces(full_name, value, form, shape)
         else:
-            stored = self._whole(full_name, module.to_rows(module, name, value), form, shape)
+            rows = module.to_rows(module, name, value)
+            stored = self._whole(full_name, rows, form, shape, factors)
             memory.drop_file_pages(value)
         if name == "weight":  # the only name that is ever tied
             self.scales[module_name] = stored.scale
@@ -69,7 +76,14 @@ class Incoming:
             found[f"{full_name}_scale"] = stored.scale
         return found
 
-    def _whole(self, name: str, rows: Tensor, form: Format, shape: tuple[int, ...]) -> Stored:
+    def _whole(
+        self,
+        name: str,
+        rows: Tensor,
+        form: Format,
+        shape: tuple[int, ...],
+        factors: Tensor | None = None,
+    ) -> Stored:
         if tuple(rows.shape) != tuple(shape):
             self.errors.append(
                 ValueError(
@@ -78,7 +92,7 @@ class Incoming:
                 )
             )
             return _zeros(form, shape)
-        stored = quantize_rows(rows, form)
+        stored = quantize_rows(rows, form, None, self.how.rounding, None, factors)
         if not stored.is_finite():
             self.errors.append(not_finite(name))
         return stored

@@ -41,6 +41,11 @@ class Target:
     def name(self) -> str:
         return self.names[0]
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it multiplies by one matrix: nn.Linear or Conv1D."""
+        return issubclass(self.kind, KINDS["linear"])
+
     def weights(self) -> dict[str, Tensor]:
         return {name: getattr(self.module, name) for name in self.kind.weights_of(self.module)}
 

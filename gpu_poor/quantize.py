@@ -119,7 +119,7 @@ def quantize(
         if _is_transformers_model(model):
             from gpu_poor import hf
 
-            options |= dict(bits=bits, overrides=overrides)
+            options |= dict(bits=bits, overrides=overrides, strategy=how.names)
             options |= dict(activation=activation, allow_partial=allow_partial)
             hf.attach(model, **options)
         receipt = make_receipt(model, before, kept, done.remarks(how))

@@ -16,14 +16,13 @@ def _check_gptq(weight, gram, factor, group, low, high, sweeps) -> None:
         lambda: f"{op}: weight must be float32 [N, K], got {weight.dtype} {tuple(weight.shape)}",
     )
     k = weight.shape[1]
-    for matrix in (gram, factor):
-        torch._check(
-            matrix.dtype == torch.float32 and matrix.shape == (k, k),
-            lambda: (
-                f"{op}: gram and factor must be float32 [K, K] with K = {k}, got {matrix.dtype} "
-                f"{tuple(matrix.shape)}"  # noqa: B023 - called at once or never
-            ),
-        )
+    torch._check(
+        all(m.dtype == torch.float32 and m.shape == (k, k) for m in (gram, factor)),
+        lambda: (
+            f"{op}: gram and factor must be float32 [K, K] with K = {k}, got {gram.dtype} "
+            f"{tuple(gram.shape)} and {factor.dtype} {tuple(factor.shape)}"
+        ),
+    )
     torch._check(
         -128 <= low <= 0 < high <= 127,
         lambda: f"{op}: levels must be within [-128, 127] and hold 0, got {low} to {high}",

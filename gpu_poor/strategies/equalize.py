@@ -5,9 +5,10 @@ from torch import Tensor
 
 from gpu_poor.strategies.base import Inputs, Smoothing, register
 
-#: A gain this many times the median is an outlier. Folding all gains was worse (mean KL, stories260k /
-#: tinystories-656k, groups of 64 with a minimum: 0.0918 / 0.0542 without, 0.114 / 0.072 with; the root of
-#: gain over column norm 0.090 / 0.060), and so was folding small gains too (0.0918 / 0.0606).
+#: A gain this many times the median is an outlier. Folding all gains was worse (mean KL of
+#: stories260k / tinystories-656k in groups of 64 with a minimum: 0.0918 / 0.0542 without, 0.114 /
+#: 0.072 with; the root of gain over column norm 0.090 / 0.060), and so was folding small gains too
+#: (0.0918 / 0.0606).
 OUTLIER = 4.0
 #: Factors are powers of two up to this: exact in every float dtype.
 LIMIT = 2.0**10
