@@ -55,7 +55,7 @@ from gpu_poor.plan import (
     ties_of,
 )
 from gpu_poor.quantize import check_options, dequantize
-from gpu_poor.receipt import make_receipt
+from gpu_poor.receipt import Receipt, check_saved, make_receipt, restore
 from gpu_poor.strategies import recipe
 
 #: Of the saved form; a reader refuses any it does not know.
@@ -77,6 +77,7 @@ class GpuPoorConfig(QuantizationConfigMixin):
         formats: ``{module name: format}`` of those that are not int8.
         ties: ``{module name: owner}``, modules whose weight is another one's.
         activations: ``{module name: mode}`` of the modules whose mode is not ``activation``.
+        receipt: of a saved model: how it was made and what was measured then.
         version: of the saved form.
 
     Raises:
@@ -97,6 +98,7 @@ class GpuPoorConfig(QuantizationConfigMixin):
         formats: dict[str, str] | None = None,
         ties: dict[str, str] | None = None,
         activations: dict[str, str] | None = None,
+        receipt: dict | None = None,
         version: int = VERSION,
         quant_method: str = METHOD,
         **unknown,
@@ -125,6 +127,10 @@ class GpuPoorConfig(QuantizationConfigMixin):
         self.formats = _names("formats", formats, FORMATS)
         self.ties = _names("ties", ties, None)
         self.activations = _names("activations", activations, ops.ACTIVATIONS)
+        try:
+            self.receipt = receipt if receipt is None or check_saved(receipt) else None
+        except ValueError as error:
+            raise ValueError(f"{METHOD} config: {error}") from error
         named = (self.formats, self.ties, self.activations)
         if stray := {name for each in named for name in each or ()} - set(self.modules or {}):
             raise ValueError(
@@ -232,6 +238,7 @@ class GpuPoorQuantizer(HfQuantizer):
                 f"{METHOD}: strategy {' and '.join(how.names)} needs calibration data: load the "
                 "float model and call gpu_poor.quantize(model, sample_inputs=...)"
             )
+        self.quantization_config.strategy = how.names
         return Incoming(how, smooth(model, plan, how, norm_weights(model, files)))
 
     @property
@@ -265,6 +272,9 @@ class GpuPoorQuantizer(HfQuantizer):
             memory.leave_files(model)
             model.gpu_poor_receipt = make_receipt(model, self._before, self._kept, remarks)
             self.pre_quantized = True
+            self.quantization_config.receipt = model.gpu_poor_receipt.saved()
+        elif self.quantization_config.receipt is not None:
+            restore(model, self.quantization_config.receipt)
         memory.trim()
         _attach(model, self)
         return model
@@ -335,6 +345,11 @@ def attach(model: nn.Module, **options) -> None:
             if isinstance(value, PreTrainedConfig):
                 setattr(module, name, copy.deepcopy(value, memo))
     _attach(model, GpuPoorQuantizer(GpuPoorConfig(**options), pre_quantized=True))
+
+
+def keep_receipt(model: nn.Module, receipt: Receipt) -> None:
+    """Have a model saved with its receipt."""
+    model.hf_quantizer.quantization_config.receipt = receipt.saved()
 
 
 def _attach(model: nn.Module, quantizer: GpuPoorQuantizer) -> None:
