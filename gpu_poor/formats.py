@@ -7,6 +7,7 @@ modules, plans, files. Adding one is one ``register`` here.
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import torch
@@ -107,8 +108,8 @@ class Int8:
 
 
 @dataclass(frozen=True)
-class Int4:
-    """4 bits in groups of columns, in panels (gpu_poor/ops/int4.py), with float16 scales.
+class Grouped:
+    """4 or 8 bits in groups of columns, in panels (gpu_poor/ops/grouped.py), with float16 scales.
 
     Args:
         group: columns that share a scale: 32, 64, 96 or 128.
@@ -116,33 +117,33 @@ class Int4:
     """
 
     name: str
+    bits: int
     group: int
     asymmetric: bool
-    bits: int = 4
     signed: bool = True
 
     def storage(self, *shape: int) -> tuple[Storage, Storage]:
         *leading, n, k = shape
-        weight, scale = ops.int4_shapes(n, k, self.group, self.asymmetric)
+        weight, scale = ops.grouped_shapes(n, k, self.bits, self.group, self.asymmetric)
         return ((*leading, *weight), torch.int8), ((*leading, *scale), torch.float16)
 
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         if rows.dim() == 2:
-            return ops.int4_quantize(rows, self.group, self.asymmetric)
+            return ops.grouped_quantize(rows, self.group, self.asymmetric, bits=self.bits)
         pairs = [self.quantize(matrix) for matrix in rows]
         return tuple(torch.stack(part) for part in zip(*pairs, strict=True))
 
     def dequantize(self, weight: Tensor, scale: Tensor, shape, dtype: torch.dtype) -> Tensor:
         if len(shape) == 2:
-            return ops.int4_dequantize(weight, scale, self.group, *shape, dtype)
+            return ops.grouped_dequantize(weight, scale, self.group, *shape, dtype)
         each = zip(weight, scale, strict=True)
         return torch.stack([self.dequantize(w, s, shape[1:], dtype) for w, s in each])
 
     def linear(self, x, weight, scale, bias, n: int, activation_bits: int) -> Tensor:
-        return ops.int4_linear(x, weight, scale, bias, self.group, n, activation_bits)
+        return ops.grouped_linear(x, weight, scale, bias, self.group, n, activation_bits)
 
     def embedding(self, indices, weight, scale, shape, dtype: torch.dtype) -> Tensor:
-        return ops.int4_embedding(indices, weight, scale, self.group, *shape, dtype)
+        return ops.grouped_embedding(indices, weight, scale, self.group, *shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,9 @@ class Half:
 
 
 INT8 = register(Int8())
-for _group in (32, 64, 128):
-    register(Int4(f"int4_g{_group}", _group, asymmetric=False))
-    register(Int4(f"int4_g{_group}_asym", _group, asymmetric=True))
-
+for _bits, _group in product((4, 8), (32, 64, 128)):
+    register(Grouped(f"int{_bits}_g{_group}", _bits, _group, asymmetric=False))
+    register(Grouped(f"int{_bits}_g{_group}_asym", _bits, _group, asymmetric=True))
 register(Half("bf16", torch.bfloat16))
 register(Half("fp16", torch.float16))
 
