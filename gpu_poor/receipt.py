@@ -178,7 +178,7 @@ def make_receipt(
         model=type(model).__name__,
         formats=count_formats(model),
         activation=activations(model),
-        kernel=isa.kernels()["int8_linear"],  # int4's are of the same or the next slower one
+        kernel=isa.kernels()["int8_linear"],  # others' are of the same or the next slower one
         modules=count_modules(model),
         before=before,
         after=memory.by_class(model),
