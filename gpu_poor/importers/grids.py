@@ -139,9 +139,11 @@ def store(name: str, source: str, weight: Grid | Tensor, form: Format | None) ->
         part = weight.rows(rows) if isinstance(weight, Grid) else weight[rows]
         values = part.values() if isinstance(part, Grid) else part.float()
         ours = take(part, form) if taken else quantize_rows(values.contiguous(), form)
-        if not bool(torch.isfinite(values).all() & torch.isfinite(ours.scale).all()):
+        if not (bool(torch.isfinite(values).all()) and ours.is_finite()):
             raise ValueError(f"{name} is not finite: it holds a NaN, an infinity or a huge value")
         for whole, piece in zip(stored[:2], ours[:2], strict=True):
+            if whole is None:  # the format has no scale
+                continue
             start = rows.start if len(whole) == n else rows.start // ROWS
             whole[start : start + len(piece)] = piece
         difference = form.dequantize(ours.weight, ours.scale, ours.shape, torch.float32)
