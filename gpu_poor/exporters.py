@@ -180,13 +180,17 @@ def _problem(module: QuantizedModule) -> str | None:
     form = module.format
     if not getattr(form, "asymmetric", False):
         return _misfit(form, module.shapes["weight"][1])
-    _, scale, minimum = ops.grouped_unpack(
-        module.weight, module.weight_scale, *module.shapes["weight"]
-    )
+    scale, minimum = _groups(module.weight_scale, module.shapes["weight"][0])
     zero = _zero(scale, minimum)
     if bool(((zero * scale == -minimum) & (zero >= 0) & (zero < 1 << form.bits)).all()):
         return _misfit(form, module.shapes["weight"][1], asymmetric=True)
     return f"{form.name} has minima that are no whole multiples of the scales"
+
+
+def _groups(scale: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
+    """Scales and minima ``[N, groups]`` of a stored scale ``[P, groups, 1 or 2, 16]``."""
+    parts = scale.permute(2, 0, 3, 1).flatten(1, 2)[:, :n]
+    return parts[0], parts[1] if len(parts) == 2 else None
 
 
 def _zero(scale: Tensor, minimum: Tensor) -> Tensor:
@@ -252,7 +256,8 @@ def _weight(
     if stored.form is formats.INT8:
         q, scale = stored.weight.view(torch.uint8) ^ 128, stored.scale[:, None]
     else:
-        q, scale, minimum = ops.grouped_unpack(stored.weight, stored.scale, *shape)
+        q = ops.grouped_unpack(stored.weight, *shape)
+        scale, minimum = _groups(stored.scale, shape[0])
     yield f"{name}.weight_packed", _words(q, stored.form.bits)
     yield f"{name}.weight_scale", scale
     yield f"{name}.weight_shape", torch.tensor(shape)

@@ -456,6 +456,8 @@ def load(path: str | Path, **kwargs) -> nn.Module:
     config = AutoConfig.from_pretrained(path, **hub)
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
+    if method in importers.IMPORTERS:
+        raise ValueError(f"{path} is {method}: download it, and give the folder")
     if method != METHOD:
         raise ValueError(
             f"{path} is not quantized by gpu_poor (quant_method {method!r}); load it with "

@@ -208,8 +208,7 @@ def test_peak_memory_is_the_quantized_model_and_one_tensor(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     model, peak = map(int, done.stdout.split())
     assert model > 40e6
-    # One tensor: its integers, theirs and ours in float, and their difference.
-    assert peak <= model + 5 * 4 * k * k, (model, peak)
+    assert peak <= model + 3 * 4 * k * k, (model, peak)  # some copies of the integers of one tensor
 
 
 def packed(module: str, k: int, groups: int) -> dict[str, torch.Tensor]:

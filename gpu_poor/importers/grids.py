@@ -17,7 +17,7 @@ from gpu_poor.nn.base import Stored, empty, quantize_rows
 from gpu_poor.receipt import Imported
 
 #: Elements that are float at one time, whatever the size of the weight.
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 #: Chunks begin at multiples of this many rows, so that panels stay whole.
 ROWS = 16
 
@@ -110,9 +110,8 @@ def take(grid: Grid, form: Format) -> Stored:
         minimum = ours(minimum)
     elif form.bits == 8 and grid.zero != 128:
         q = q + (128 - grid.zero)
-    return Stored(
-        *ops.grouped_pack(q, ours(grid.scale), minimum, form.group, form.bits), form, grid.shape
-    )
+    pair = ops.grouped_pack(q, ours(grid.scale), minimum, form.bits)
+    return Stored(*pair, form, grid.shape)
 
 
 def store(name: str, source: str, weight: Grid | Tensor, form: Format | None) -> tuple:
