@@ -16,6 +16,24 @@ UNMEASURED = "unmeasured"
 
 
 @dataclass
+class Imported:
+    """What a weight of somebody else's checkpoint became; errors are against its float values.
+
+    ``how``: "exact" (equal values), "rounded" (the same integers, scales or minima rounded to
+    float16), "re-quantized", or "float".
+    """
+
+    name: str
+    #: What it was, e.g. "Q4_0".
+    source: str
+    form: str
+    how: str
+    #: The largest difference, and the root mean square one relative to that of the weight.
+    max_error: float = 0.0
+    relative_error: float = 0.0
+
+
+@dataclass
 class Receipt:
     """What :func:`gpu_poor.quantize` did to a model. All sizes in bytes, shared memory once."""
 
@@ -36,6 +54,8 @@ class Receipt:
     #: Of the gpu_poor that quantized the model.
     version: str = ""
     seconds: float | None = None
+    #: Of a model that was loaded from another library's checkpoint: every matrix of it.
+    imported: list[Imported] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -57,7 +77,7 @@ class Receipt:
 
     def saved(self) -> dict:
         """What a checkpoint keeps: the rest can be seen from the model, as it runs here."""
-        kept = ("model", "before", "kept", "remarks", "quality", "version")
+        kept = ("model", "before", "kept", "remarks", "quality", "version", "imported")
         totals = ("bytes_before", "bytes_after")
         return {name: value for name, value in self.to_dict().items() if name in kept + totals}
 
@@ -82,7 +102,7 @@ class Receipt:
             f"({kept.n_bytes / MB:.2f} MB, e.g. {kept.example}): {kept.reason}"
             for kept in self.kept
         ]
-        lines += [f"  {remark}" for remark in self.remarks]
+        lines += [f"  {remark}" for remark in self.remarks] + summarize(self.imported)
         if self.quality == UNMEASURED:
             lines.append("  quality: unmeasured")
         else:
@@ -92,6 +112,23 @@ class Receipt:
                 "tokens".format(**self.quality)
             )
         return "\n".join(lines)
+
+
+def summarize(imported: list[Imported]) -> list[str]:
+    """A line for each way that weights have taken into the model."""
+    ways: dict[tuple, list[Imported]] = {}
+    for each in imported:
+        ways.setdefault((each.source, each.form, each.how), []).append(each)
+    lines = []
+    for (source, form, how), group in ways.items():
+        line = f"  imported: {len(group)} x {source}"
+        if how == "float":
+            lines.append(f"{line}, left as {form}")
+            continue
+        worst = max(group, key=lambda each: each.relative_error)
+        error = f", error {worst.relative_error:.1e} at most ({worst.name})"
+        lines.append(f"{line} as {form}, {how}{'' if how == 'exact' else error}")
+    return lines
 
 
 def count_modules(model: nn.Module) -> dict[str, int]:
@@ -147,6 +184,8 @@ def check_saved(saved: object) -> dict:
         if set(before) - set(memory.CLASSES):
             raise ValueError("bytes of unknown classes")
         remarks = [str(remark) for remark in saved["remarks"]]
+        imported = [Imported(**each) for each in saved.get("imported", [])]
+        summarize(imported)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"receipt is none: {error!r:.200}") from error
     return {
@@ -156,6 +195,7 @@ def check_saved(saved: object) -> dict:
         "remarks": remarks,
         "quality": quality,
         "version": str(saved.get("version")),
+        "imported": imported,
     }
 
 
