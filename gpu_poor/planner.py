@@ -198,13 +198,17 @@ def _sizes(unit: Unit, forms: list[Format]) -> tuple[int, dict[str, int]]:
 
 def _texts(model: nn.Module, sample_inputs, tokenizer, n_tokens: int) -> tuple[list, str]:
     """What to look at, and the basis of the predictions."""
+    causal = hasattr(model, "can_generate") and model.can_generate()
+    if not causal or getattr(model.config, "is_encoder_decoder", False):
+        if sample_inputs is not None:
+            raise ValueError(
+                f"{type(model).__name__} is no causal language model of transformers, which "
+                "sample_inputs are for: leave them out"
+            )
+        return [], "weights"
     if sample_inputs is not None:
         return token_rows(model, sample_inputs, tokenizer, n_tokens=n_tokens), "samples"
-    config = getattr(model, "config", None)
-    writes = hasattr(model, "can_generate") and model.can_generate()
-    if writes and not getattr(config, "is_encoder_decoder", False):
-        return own_text(model), "own text"
-    return [], "weights"
+    return own_text(model), "own text"
 
 
 def _kv_bytes(model: nn.Module, context: int) -> int:
