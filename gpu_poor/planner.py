@@ -8,6 +8,7 @@ what they cost (gpu_poor/sensitivity.py) is the least that fits (gpu_poor/knapsa
 """
 
 import glob
+import math
 import re
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
@@ -23,7 +24,7 @@ from gpu_poor.nn import KINDS, kind_of
 from gpu_poor.plan import Patterns, Plan, as_patterns, make_plan
 from gpu_poor.quantize import check_finite, check_quantizable, quantize
 from gpu_poor.samples import SampleInputs, token_rows
-from gpu_poor.sensitivity import RoundTrip, Unit, fisher, losses, nearest, own_text, units
+from gpu_poor.sensitivity import Fisher, RoundTrip, Unit, fisher, losses, nearest, own_text, units
 
 #: Of sample_inputs, tokens that are looked at: more change predictions by a few per cent.
 N_TOKENS = 4096
@@ -49,17 +50,17 @@ def plan(
     Args:
         path: save the plan here as JSON, before anything is touched.
         dry_run: False quantizes the model, in place, and notes the bytes that it then has.
-        verbose: print the plan.
+        verbose: print the plan, and the receipt of what was quantized.
     """
     found = plan_memory(model, memory_target, **options)
     if path is not None:
         found.save(path)
-    if not dry_run:
-        if found.overrides:
-            quantize(model, **found.options, verbose=False)
-        found.measure(model)
     if verbose:
         print(found)
+    if not dry_run:
+        if found.overrides:
+            quantize(model, **found.options, verbose=verbose)
+        found.measure(model)
     return found
 
 
@@ -107,23 +108,28 @@ def plan_memory(
     matched, asked = _match(model, quantize_embeddings, include, exclude, critical_layers)
     every = units(matched)
     sizes = [_sizes(unit, forms) for unit in every]
-    rest = original - sum(before for before, _ in sizes)
-    least = rest + kv_bytes + sum(min([before, *stored.values()]) for before, stored in sizes)
+    rest = original - sum(stored[None] for stored in sizes)
+    least = rest + kv_bytes + sum(min(stored.values()) for stored in sizes)
     if least > target_bytes:
-        raise ValueError(_impossible(memory_target, target_bytes, least, kv_bytes, forms))
+        cache = f", {kv_bytes:,} of them for the KV cache" if kv_bytes else ""
+        raise ValueError(
+            f"memory_target={memory_target!r} is {target_bytes:,} bytes, but the smallest possible "
+            f"is {least:,} bytes ({least / MB:.2f} MB){cache}, with the formats "
+            f"{', '.join(form.name for form in forms)}"
+        )
     check_finite((name, p.detach()) for name, p in model.named_parameters())
     rows, basis = _texts(model, sample_inputs, tokenizer, n_tokens)
     information = fisher(model, every, rows) if rows else None
-    options = []
-    for unit, (before, stored) in zip(every, sizes, strict=True):
-        found = losses(unit, [find(name) for name in stored], information, round_trip)
-        options.append([(before, 0.0), *zip(stored.values(), found, strict=True)])
-    best = knapsack.choose(options, target_bytes - kv_bytes - rest)
+    options = [
+        _options(unit, stored, information, round_trip)
+        for unit, stored in zip(every, sizes, strict=True)
+    ]
+    best = knapsack.choose([list(o.values()) for o in options], target_bytes - kv_bytes - rest)
     decisions = []
-    for unit, (before, stored), each, i in zip(every, sizes, options, best.indices, strict=True):
+    for unit, choices, i in zip(every, options, best.indices, strict=True):
         names = [name for target in unit.targets for name in target.names]
-        form = [None, *stored][i]
-        decisions.append(Decision(names, form, before, *each[i]))
+        form, (n_bytes, loss) = list(choices.items())[i]
+        decisions.append(Decision(names, form, choices[None][0], n_bytes, loss))
     return MemoryPlan(
         model=type(model).__name__,
         memory_target=memory_target,
@@ -188,12 +194,26 @@ def _match(
     return matched, list(dict.fromkeys([*asked, *map(glob.escape, kept)]))
 
 
-def _sizes(unit: Unit, forms: list[Format]) -> tuple[int, dict[str, int]]:
-    """The bytes of a unit now, and in the formats that make it smaller."""
+def _sizes(unit: Unit, forms: list[Format]) -> dict[str | None, int]:
+    """The bytes of a unit in float (None), and in the formats that make it smaller."""
     weights = [weight.rows for weight in unit.weights.values()]
     before = sum(rows.nbytes for rows in weights)
     stored = {form.name: sum(stored_bytes(form, *rows.shape) for rows in weights) for form in forms}
-    return before, {name: n_bytes for name, n_bytes in stored.items() if n_bytes < before}
+    return {None: before} | {name: n_bytes for name, n_bytes in stored.items() if n_bytes < before}
+
+
+def _options(
+    unit: Unit,
+    stored: dict[str | None, int],
+    information: dict[tuple, Fisher] | None,
+    round_trip: RoundTrip,
+) -> dict[str | None, knapsack.Option]:
+    """``{format: (bytes, loss)}`` of those that can hold the weights of a unit."""
+    names = [name for name in stored if name is not None]
+    found = losses(unit, [find(name) for name in names], information, round_trip)
+    lost = {None: 0.0} | dict(zip(names, found, strict=True))
+    # A weight may be too large for the float16 of a format: then its loss is not finite.
+    return {name: (stored[name], loss) for name, loss in lost.items() if math.isfinite(loss)}
 
 
 def _texts(model: nn.Module, sample_inputs, tokenizer, n_tokens: int) -> tuple[list, str]:
@@ -217,12 +237,3 @@ def _kv_bytes(model: nn.Module, context: int) -> int:
     if context > n_positions(model):
         raise ValueError(f"context={context}: the model takes at most {n_positions(model)} tokens")
     return memory.kv_cache_bytes(model, context)
-
-
-def _impossible(memory_target, target_bytes: int, least: int, kv_bytes: int, forms: list) -> str:
-    cache = f", {kv_bytes:,} of them for the KV cache" if kv_bytes else ""
-    return (
-        f"memory_target={memory_target!r} is {target_bytes:,} bytes, but the smallest possible is "
-        f"{least:,} bytes ({least / MB:.2f} MB){cache}, with the formats "
-        f"{', '.join(form.name for form in forms)}"
-    )

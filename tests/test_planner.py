@@ -190,6 +190,16 @@ def test_names_are_no_patterns():
                ("layers.a[0]", "layers.a*"))  # fmt: skip
 
 
+def test_a_format_that_overflows_is_no_choice():
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e8  # no float16 scale holds it
+    plan = plan_of(model, 0.4)
+    assert plan.overrides["model.layers.0.mlp.down_proj"] == "int8"
+    assert math.isfinite(plan.predicted_kl)
+    assert memory.parameter_bytes(carried_out(model, plan)) == plan.predicted_bytes
+
+
 # -- what it says -------------------------------------------------------------------------------
 
 
