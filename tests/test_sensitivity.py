@@ -241,4 +241,5 @@ def test_16_bit_models(dtype):
     found = sensitivity.fisher(model, units, rows_of())
     for (_, a), (_, b) in zip(expected.items(), found.items(), strict=True):
         assert float(b.rows.sum()) == pytest.approx(float(a.rows.sum()), rel=0.3)
-    assert all(loss > 0 for loss in sensitivity.losses(units[1], FORMS, found))
+    few = [form for form in FORMS if form.bits <= 8]  # 16 bits may hold these weights exactly
+    assert all(loss > 0 for loss in sensitivity.losses(units[1], few, found))
