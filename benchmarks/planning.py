@@ -24,6 +24,7 @@ from benchmarks.quality import TEXTS
 CALIBRATION = {"tinystories_valid.txt": "tinystories_train_calib.txt"}
 #: Fractions of the float32 model.
 TARGETS = (0.16, 0.18, 0.20, 0.23, 0.30, 0.45)
+BASES = ("samples", "own text", "weights")
 #: (module, format) pairs measured alone; random plans; random plans of one size.
 N_ALONE, N_RANDOM, N_EQUAL = 60, 6, 8
 N_TOKENS = 4096
@@ -199,9 +200,7 @@ def summary(rows: list[dict]) -> list[dict]:
             "plans": ("planned", "random", "equal"),
             "equal": ("equal",),
         }
-        for (name, kind), basis in itertools.product(
-            kinds.items(), ("samples", "own text", "weights")
-        ):
+        for (name, kind), basis in itertools.product(kinds.items(), BASES):
             chosen = [row for row in mine if row["kind"] in kind]
             found.append({"model": model, "rows": name, "basis": basis, **agreement(chosen, basis)})
     return found
