@@ -113,6 +113,7 @@ class Fisher:
         return 0.5 * float(rows @ (error.square() @ share).double())
 
 
+@torch.inference_mode(False)  # whatever mode the caller is in
 def fisher(model: nn.Module, every: list[Unit], rows: list[Tensor]) -> dict[tuple, Fisher]:
     """The Fisher information per token of all weights, by their memory.
 
@@ -126,8 +127,9 @@ def fisher(model: nn.Module, every: list[Unit], rows: list[Tensor]) -> dict[tupl
     weights = {key: weight for unit in every for key, weight in unit.weights.items()}
     found = {key: Fisher(tuple(w.rows.shape), w.rows.device) for key, w in weights.items()}
     generator = torch.Generator().manual_seed(SEED)
-    with differentiating(model, every, found):
+    with _differentiating(model, every, found):
         for i, ids in enumerate(rows):
+            ids = ids.clone()  # what was made in inference mode has no gradient
             log_p = log_probabilities(model, ids, f"sequence {i} of sample_inputs")
             labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
             log_p.gather(-1, labels.to(log_p.device)).sum().backward()
@@ -157,7 +159,7 @@ def _assume_average(found: dict[tuple, Fisher]) -> None:
 
 
 @contextmanager
-def differentiating(
+def _differentiating(
     model: nn.Module, every: list[Unit], into: dict[tuple, Fisher]
 ) -> Iterator[None]:
     """Collect what backward passes say of the weights; afterwards the model is as it was.

@@ -158,7 +158,7 @@ def test_nothing_is_left_behind():
     units = sensitivity.units(make_plan(model))
     before, held, rng = state(model), grads(model), torch.get_rng_state()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():  # whatever mode the caller is in
+    with torch.inference_mode():  # whatever mode the caller is in
         first = sensitivity.fisher(model, units, sensitivity.own_text(model, 2, 20))
     assert state(model) == before
     assert all(a is b for a, b in zip(grads(model), held, strict=True))
