@@ -54,7 +54,9 @@ def _(weight, gram, factor, group, low, high, asymmetric, half_scales, sweeps):
     _check_gptq(weight, gram, factor, group, low, high, half_scales, sweeps)
     n, k = weight.shape
     groups = -(-k // group)
-    return weight.new_empty((n, k), dtype=torch.int16), weight.new_empty((n, groups, 1 + asymmetric))
+    return weight.new_empty((n, k), dtype=torch.int16), weight.new_empty(
+        (n, groups, 1 + asymmetric)
+    )
 
 
 def gptq(
