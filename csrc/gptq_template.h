@@ -124,13 +124,13 @@ INLINE void NAME(gptq_first)(const gp_gptq *a, gp_f16x *w, gp_f16x *d, gp_f16x *
     }
 }
 
-/* The scale (and minimum) of columns [k0, k1) that fit best under H, all other columns as they are.
- * G = (w - d) H. */
+/* The scale (and minimum) of columns [k0, k1) that fit best under H, all other columns as they are; the
+ * old ones where these, rounded to halves, are worse. G = (w - d) H. */
 INLINE gptq_grid NAME(gptq_refit)(const gp_gptq *a, gptq_grid g, const gp_f16x *q, const gp_f16x *G,
                                   int64_t k0, int64_t k1)
 {
     const gp_f16x zero = {0};
-    gp_f16x qq = {0}, qo = {0}, bq = {0}, bo = {0};
+    gp_f16x qq = {0}, qo = {0}, bq = {0}, bo = {0}, gq = {0}, go = {0};
     float oo = 0;
     for (int64_t k = k0; k < k1; k++) {
         gp_f16x v = {0};
@@ -141,6 +141,7 @@ INLINE gptq_grid NAME(gptq_refit)(const gp_gptq *a, gptq_grid g, const gp_f16x *
         }
         const gp_f16x b = G[k] + g.scale * v + g.min * o;
         qq += v * q[k], qo += q[k] * o, bq += b * q[k], bo += b, oo += o;
+        gq += G[k] * q[k], go += G[k];
     }
     gptq_grid fit = g;
     if (!a->asym) {
@@ -154,10 +155,11 @@ INLINE gptq_grid NAME(gptq_refit)(const gp_gptq *a, gptq_grid g, const gp_f16x *
         fit.min = NAME(gptq_stored)(a, fit.min);
     }
     fit.scale = NAME(gptq_stored)(a, fit.scale);
-    /* A scale may not become unusable. */
-    const gp_i16x usable = fit.scale * 0.0f + fit.min * 0.0f == zero;
-    fit.scale = NAME(select)(usable, fit.scale, g.scale);
-    fit.min = NAME(select)(usable, fit.min, g.min);
+    /* What the objective changes by; NaN where a scale would become unusable. */
+    const gp_f16x s = fit.scale - g.scale, m = fit.min - g.min;
+    const gp_f16x change = s * (s * qq + 2.0f * (m * qo - gq)) + m * (m * oo - 2.0f * go);
+    fit.scale = NAME(select)(change <= zero, fit.scale, g.scale);
+    fit.min = NAME(select)(change <= zero, fit.min, g.min);
     return fit;
 }
 

@@ -13,13 +13,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpu_poor import memory, ops
-from gpu_poor.folds import Decided, Fold, find_folds
+from gpu_poor.chains import find_chains
+from gpu_poor.folds import Decided, Fold, find_folds, tied_modules
 from gpu_poor.nn.base import Stored, quantize_rows
 from gpu_poor.plan import Plan, Target, block_list
 from gpu_poor.strategies import Inputs, Recipe
@@ -195,6 +197,7 @@ class _BlockWork:
             for alias in target.names[:1]
             if alias.startswith(f"{name}.") and target.is_linear
         }
+        self.tied = tied_modules(plan)
         self.n_weights = sum(t.module.weight.numel() for t in self.targets.values())
 
     def run(
@@ -212,19 +215,23 @@ class _BlockWork:
         twin = _sharing_copy(self.block)
         by_reader = {name: fold for fold in folds for name in fold.linears}
         reached = set()
-        for group in self._groups(stream, i):
+        groups = self._groups(stream, i)
+        chained = self._chain(stream, i, groups, recipe, by_reader, done)
+        for group in groups:
             reached |= set(group)
-            inputs = self._inputs(stream, i, twin, group[0], recipe)
+            factors = chained.get(group[0])
+            inputs = self._inputs(stream, i, twin, group[0], recipe, factors)
             fold = by_reader.get(f"{self.name}.{group[0]}")
-            factors = None
             if fold is not None and set(fold.linears) == {f"{self.name}.{n}" for n in group}:
                 factors = self._smooth(twin, fold, group, recipe, inputs, done)
-            if factors is not None:
-                inputs = inputs.divided_by(factors)
+                if factors is not None:
+                    inputs = inputs.divided_by(factors)
             for name in group:
                 stored = self._round(name, recipe, inputs, factors, done)
                 target = self.targets[name]
                 module = target.kind.from_float(target.module, {"weight": stored}, activation)
+                if (source := done.sources.get(f"{self.name}.{name}")) is not None:
+                    source[0].apply(module, source[1])
                 _put(twin, name, module)
                 bar.update(target.module.weight.numel())
         for name in self.targets.keys() - reached:
@@ -260,9 +267,49 @@ class _BlockWork:
                 groups.setdefault(memory.identity(x), []).append(name)
         return list(groups.values())
 
+    def _chain(
+        self, stream: _Stream, i: int, groups, recipe: Recipe, by_reader, done: Decided
+    ) -> dict[str, Tensor]:
+        """``{linear: factors}`` of the linears that read another one's output.
+
+        Decided before the block is rounded, for it is the rows of the other that are divided.
+        """
+        if recipe.smoothing is None or not recipe.smoothing.needs_inputs:
+            return {}
+        order = [
+            name
+            for group in groups
+            for name in group
+            if id(self.targets[name].module) not in self.tied and len(self.targets[name].names) == 1
+        ]
+        readers = {
+            group[0]
+            for group in groups
+            if len(group) == 1 and f"{self.name}.{group[0]}" not in by_reader
+        }
+        twin, found = _sharing_copy(self.block), {}
+        run = partial(stream.call, twin, i, stream.exact[0])
+        for chain in find_chains(twin, order, readers, self.targets, run):
+            inputs = self._inputs(stream, i, twin, chain.linear, recipe)
+            target = self.targets[chain.linear]
+            rows = target.rows()["weight"]
+            gain = torch.ones(rows.shape[1])
+            factors = recipe.smoothing.factors(gain, [rows], inputs, [target.form])
+            if factors is not None:
+                found[chain.linear] = factors
+                done.sources[f"{self.name}.{chain.source}"] = chain, factors
+        return found
+
     def _inputs(
-        self, stream: _Stream, i: int, twin: nn.Module, name: str, recipe: Recipe
+        self,
+        stream: _Stream,
+        i: int,
+        twin: nn.Module,
+        name: str,
+        recipe: Recipe,
+        factors: Tensor | None = None,
     ) -> Inputs:
+        """Statistics of what a linear of the twin reads: in the float model divided by factors."""
         k = self.targets[name].rows()["weight"].shape[1]
         gram, drift = torch.zeros(k, k), torch.zeros(k, k)
         absmax, n = torch.zeros(k), 0
@@ -274,7 +321,10 @@ class _BlockWork:
             if recipe.needs_gram:
                 ops.gram_(gram, x)
                 # The drift is small, and so is what bfloat16 loses of it.
-                shift = (_input_of(stream, i, self.block, name, exact) - x).to(dtype)
+                wanted = _input_of(stream, i, self.block, name, exact)
+                if factors is not None:
+                    wanted = wanted / factors.to(wanted.dtype)
+                shift = (wanted - x).to(dtype)
                 drift += shift.T @ x.to(dtype)
         if not bool(absmax.isfinite().all()):
             raise ValueError(f"the inputs of {self.name}.{name} are not finite")
@@ -287,7 +337,8 @@ class _BlockWork:
             return None
         module = self.block.get_submodule(norm)
         rows = [self.targets[name].rows()["weight"] for name in group]
-        factors = recipe.smoothing.factors(fold.gain(module.weight), rows, inputs)
+        forms = [self.targets[name].form for name in group]
+        factors = recipe.smoothing.factors(fold.gain(module.weight), rows, inputs, forms)
         if factors is None:
             return None
         done.norms[fold.norm] = fold, factors
@@ -299,10 +350,11 @@ class _BlockWork:
         key = memory.identity(target.module.weight)
         if key in done.stored:  # a weight that several blocks share
             return done.stored[key]
+        rows = target.rows()["weight"]
+        if (source := done.sources.get(f"{self.name}.{name}")) is not None:
+            rows = rows / source[1][:, None].to(rows.dtype)
         try:
-            stored = quantize_rows(
-                target.rows()["weight"], target.form, None, recipe.rounding, inputs, factors
-            )
+            stored = quantize_rows(rows, target.form, None, recipe.rounding, inputs, factors)
         except ValueError as error:
             raise ValueError(f"{self.name}.{name}: {error}") from error
         if not stored.is_finite():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gpu_poor.chains import Chain
 from gpu_poor.nn.base import Stored
 from gpu_poor.plan import Plan
 from gpu_poor.strategies import Recipe
@@ -53,6 +54,8 @@ class Decided:
     stored: dict[tuple, Stored] = field(default_factory=dict)
     #: ``{norm name: what its output is divided by}``.
     norms: dict[str, tuple[Fold, Tensor]] = field(default_factory=dict)
+    #: ``{linear name: what its output is divided by}``: so are its rows in ``stored`` already.
+    sources: dict[str, tuple[Chain, Tensor]] = field(default_factory=dict)
     #: ``{linear name: what its columns are multiplied by}``, of the linears not in ``stored``.
     factors: dict[str, Tensor] = field(default_factory=dict)
     #: Linears in the blocks that no calibration text reached: rounded without.
@@ -61,8 +64,8 @@ class Decided:
     unsmoothed: str = ""
 
     def apply_norms(self, model: nn.Module) -> None:
-        """Fold the norms of a model, which has its weights by now."""
-        for name, (fold, factors) in self.norms.items():
+        """Fold the norms of a model, which has its weights by now, and the biases of sources."""
+        for name, (fold, factors) in (*self.norms.items(), *self.sources.items()):
             fold.apply(model.get_submodule(name), factors)
 
     def remarks(self, how: Recipe) -> list[str]:
@@ -70,6 +73,8 @@ class Decided:
         lines = [f"numbers chosen by {' and '.join(how.names)}"]
         if self.norms:
             lines[0] += f": {len(self.norms)} norms folded"
+        if self.sources:
+            lines[0] += f", {len(self.sources)} linears divided for the next"
         if self.unreached:
             lines.append(
                 f"no calibration text reached {len(self.unreached)} linears, e.g. "
@@ -99,7 +104,7 @@ def smooth(
         rows = {}
     # Whatever a norm adds to its weight: tracing a model takes longer than asking.
     if not any(
-        how.smoothing.factors(weight.float() + offset, [], None) is not None
+        how.smoothing.factors(weight.float() + offset, [], None, []) is not None
         for weight in weights.values()
         for offset in (0.0, 1.0)
     ):
@@ -109,15 +114,20 @@ def smooth(
     except RuntimeError as error:
         done.unsmoothed = f"{how.smoothing.name} left the norms alone: {error}"
         return done
-    aliases = {name: target.names for target in plan.targets for name in target.names}
+    targets = {name: target for target in plan.targets for name in target.names}
     for fold in folds:
         if fold.norm not in weights:
             continue
-        gain = fold.gain(weights[fold.norm])
-        factors = how.smoothing.factors(gain, [rows[n] for n in fold.linears if rows], None)
+        factors = how.smoothing.factors(
+            fold.gain(weights[fold.norm]),
+            [rows[name] for name in fold.linears if rows],
+            None,
+            [targets[name].form for name in fold.linears],
+        )
         if factors is not None:
             done.norms[fold.norm] = fold, factors
-            done.factors |= {alias: factors for name in fold.linears for alias in aliases[name]}
+            every = (alias for name in fold.linears for alias in targets[name].names)
+            done.factors |= dict.fromkeys(every, factors)
     return done
 
 
@@ -149,7 +159,7 @@ def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
     finally:
         for handle in handles:
             handle.remove()
-    folds, barred = [], _tied(plan)
+    folds, barred = [], tied_modules(plan)
     if hasattr(model, "get_output_embeddings"):  # what it reads is the model's hidden state
         barred.add(id(model.get_output_embeddings()))
     for name, readers in watch.readers.items():
@@ -209,8 +219,8 @@ def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _tied(plan: Plan) -> set[int]:
-    """Modules whose weight another module has too: it may not be multiplied for one of them."""
+def tied_modules(plan: Plan) -> set[int]:
+    """Ids of modules whose weight another has too: it may not be multiplied for one of them."""
     users: dict[int, list[int]] = {}
     for module in [t.module for t in plan.targets] + [m for m, _ in plan.kept.values()]:
         for parameter in module.parameters(recurse=False):

@@ -1,6 +1,14 @@
 """HOW the numbers of a quantized weight are chosen: see :mod:`gpu_poor.strategies.base`."""
 
-from gpu_poor.strategies import absmax, equalize, gptq, mse  # noqa: F401 - they register
+from gpu_poor.strategies import (  # noqa: F401 - they register
+    absmax,
+    awq,
+    equalize,
+    gptq,
+    hqq,
+    mse,
+    smoothquant,
+)
 from gpu_poor.strategies.base import (
     STRATEGIES,
     Inputs,

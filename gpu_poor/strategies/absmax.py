@@ -16,15 +16,17 @@ class Absmax(Rounding):
     def quantize(self, rows: Tensor, form: Format, inputs: Inputs | None = None) -> Numbers:
         if form.levels is None:
             return Numbers(*form.quantize(rows))
-        groups = grouped(rows.float(), form.group)
-        low, high = form.levels
-        if form.asymmetric:
-            bottom = groups.amin(-1)
-            step = (groups.amax(-1) - bottom) / (high - low)
-            scale = torch.stack((step, bottom - step * low), -1)
-        else:
-            scale = (groups.abs().amax(-1) / high)[..., None]
-        return round_to(rows, scale, form)
+        return round_to(rows, grid_of(grouped(rows.float(), form.group), form), form)
+
+
+def grid_of(groups: Tensor, form: Format) -> Tensor:
+    """Scales (and minima) ``[N, groups, 1 or 2]`` that just span ``[N, groups, G]``."""
+    low, high = form.levels
+    if not form.asymmetric:
+        return (groups.abs().amax(-1) / high)[..., None]
+    bottom = groups.amin(-1)
+    step = (groups.amax(-1) - bottom) / (high - low)
+    return torch.stack((step, bottom - step * low), -1)
 
 
 def grouped(rows: Tensor, group: int | None) -> Tensor:

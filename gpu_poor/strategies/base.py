@@ -72,16 +72,44 @@ class Rounding(Strategy):
 
 
 class Smoothing(Strategy):
-    """Chooses factors for the columns of the weights that read one norm's output."""
+    """Chooses factors for the columns of the weights that read one tensor.
 
-    def factors(self, gain: Tensor, rows: list[Tensor], inputs: Inputs | None) -> Tensor | None:
-        """Positive float32 ``[K]``, or None to leave the norm alone.
+    It is the output of a norm, or, with calibration data only, of a linear (gpu_poor/chains.py).
+    """
+
+    def factors(
+        self, gain: Tensor, rows: list[Tensor], inputs: Inputs | None, forms: list[Format]
+    ) -> Tensor | None:
+        """Positive float32 ``[K]``, or None to leave all as it is.
 
         Args:
-            gain: what the norm multiplies each channel by, float32 ``[K]``.
+            gain: what the norm multiplies each channel by, float32 ``[K]``; ones for a linear.
             rows: the weights ``[N, K]`` that read it; empty while a checkpoint is streamed.
+            inputs: what calibration has seen of the tensor, if the strategy needs it.
+            forms: the formats of ``rows``.
         """
         raise NotImplementedError
+
+
+def column_absmax(rows: list[Tensor]) -> Tensor:
+    """The largest ``|w|`` in each column of several weights, float32 ``[K]``."""
+    return torch.stack([matrix.abs().amax(0).float() for matrix in rows]).amax(0)
+
+
+def even_out(factors: Tensor, usable: Tensor) -> Tensor | None:
+    """Factors of geometric mean 1, within what float16 norms bear; 1 where not ``usable``.
+
+    One factor common to all columns changes no rounding, and would only shift the scales.
+    """
+    if not bool(usable.any()):
+        return None
+    log = factors.log2()
+    log = (log - log[usable].mean()).clamp(-LIMIT_LOG2, LIMIT_LOG2)
+    return torch.where(usable, log, 0.0).exp2()
+
+
+#: Factors stay within 2 to this, up and down.
+LIMIT_LOG2 = 10.0
 
 
 STRATEGIES: dict[str, type[Strategy]] = {}

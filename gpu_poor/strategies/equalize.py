@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gpu_poor.formats import Format
 from gpu_poor.strategies.base import Inputs, Smoothing, register
 
 #: A gain this many times the median is an outlier. Folding all gains was worse (mean KL of
@@ -27,7 +28,9 @@ class Equalize(Smoothing):
 
     name = "equalize"
 
-    def factors(self, gain: Tensor, rows: list[Tensor], inputs: Inputs | None) -> Tensor | None:
+    def factors(
+        self, gain: Tensor, rows: list[Tensor], inputs: Inputs | None, forms: list[Format]
+    ) -> Tensor | None:
         gain = gain.abs()
         median = gain.median()
         ratio = gain / torch.where(median > 0, median, torch.inf)

@@ -58,6 +58,11 @@ SAMPLES = {
         (torch.tensor([[0, 19]]), W4, S4, 32, 20, 30, torch.float32),
         (torch.tensor([3], dtype=torch.int32), A4, M4, 32, 20, 30, torch.bfloat16),
     ],
+    "gptq": [
+        (H.float(), torch.eye(30), torch.eye(30), 32, 0, 15, True, True, 2),
+        (X, torch.eye(30), torch.eye(30), 30, -127, 127, False, False, 0),
+        (X[:0], torch.eye(30), torch.eye(30), 8, -8, 7, False, True, 1),
+    ],
     "channel_stats": [(X,), (X.view(2, 3, 30).bfloat16(),)],
     "gram_": [(torch.zeros(30, 30), X)],
 }
