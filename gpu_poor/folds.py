@@ -160,8 +160,7 @@ def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
         for handle in handles:
             handle.remove()
     folds, barred = [], tied_modules(plan)
-    if hasattr(model, "get_output_embeddings"):  # what it reads is the model's hidden state
-        barred.add(id(model.get_output_embeddings()))
+    barred |= _heads(model, plan)
     for name, readers in watch.readers.items():
         spoiled = name in watch.spoiled or not readers or watch.runs[name] != 1
         if spoiled or any(id(linears[r].module) in barred for r in readers):
@@ -226,6 +225,18 @@ def tied_modules(plan: Plan) -> set[int]:
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(id(module))
     return {module for group in users.values() if len(group) > 1 for module in group}
+
+
+def _heads(model: nn.Module, plan: Plan) -> set[int]:
+    """Ids of modules that may read the model's hidden state, which is to stay what it is."""
+    heads = set()
+    if hasattr(model, "get_output_embeddings"):
+        heads.add(id(model.get_output_embeddings()))
+    base = getattr(model, "base_model", model)
+    if base is not model:
+        inside = {id(module) for module in base.modules()}
+        heads |= {id(t.module) for t in plan.targets} - inside
+    return heads
 
 
 def _token_inputs(model: nn.Module) -> dict[str, Tensor]:
