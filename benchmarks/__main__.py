@@ -20,6 +20,7 @@ PARTS = {
     "kernels": ["benchmarks.kernels"],
     "model": ["benchmarks.model"],
     "quality": ["benchmarks.quality"],
+    "planning": ["benchmarks.planning"],
     "memory": ["benchmarks.memory"],
     "peers": ["benchmarks.peers", "run"],
 }
@@ -35,8 +36,8 @@ def is_done(out: Path, commit: str) -> bool:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--models", type=Path, help="folder of real models, for quality")
-    parser.add_argument("--data", type=Path, help="folder of evaluation texts, for quality")
+    parser.add_argument("--models", type=Path, help="folder of real models, for quality and plans")
+    parser.add_argument("--data", type=Path, help="folder of texts, for quality and plans")
     parser.add_argument(
         "--machine", help="a name: results of another machine, beside the main one's"
     )
@@ -49,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     failed = []
     for part in args.parts:
         command = [sys.executable, "-m", *PARTS[part], "--json", str(folder / f"{part}.json")]
-        if part == "quality":
+        if part in ("quality", "planning"):
             if not (args.models and args.data):
-                print("quality: left out, it needs --models and --data", file=sys.stderr)
+                print(f"{part}: left out, it needs --models and --data", file=sys.stderr)
                 continue
             command += ["--models", str(args.models), "--data", str(args.data)]
         if args.quick:

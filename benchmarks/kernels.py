@@ -90,7 +90,7 @@ def gemv(stream: machine.Stream, form: formats.Format, n: int, k: int, cases: li
         x, bits = torch.randn(m, k), MODES[mode]
         error = verify(x[:1], rotation, bits, cap)
         with isa.cap(cap):
-            kernel = isa.kernels()[op]
+            kernel = isa.kernels()["int8_linear" if form is formats.INT8 else "grouped_linear"]
             per_call = rotation.seconds(x, bits, min(8, rotation.count))
         n_calls = max(2, min(rotation.count, int(SAMPLE_S / per_call)))
         work.append((cap, x, bits, n_calls, [], [], []))

@@ -1,7 +1,7 @@
-"""JSON -> RESULTS.md and the README's tables. ``python -m benchmarks.report [--check]``.
+"""JSON -> RESULTS.md and the tables of other documents. ``python -m benchmarks.report [--check]``.
 
 Every number comes from benchmarks/results/*.json; nothing is typed in. ``--check`` writes nothing
-and fails if a file is not what the JSON says. README tables stand between
+and fails if a file is not what the JSON says. Tables of README.md and docs/ stand between
 ``<!-- results:NAME -->`` and ``<!-- /results -->``.
 """
 
@@ -15,7 +15,7 @@ from benchmarks import report_tables as tables
 from benchmarks.report_goals import all_goals, ours
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("machine", "kernels", "model", "memory", "quality", "peers")
+PARTS = ("machine", "kernels", "model", "memory", "quality", "planning", "peers")
 MARKERS = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -111,7 +111,7 @@ make results                                         # this file and the README'
 ```
 
 One part alone: `python -m benchmarks.kernels` (or `machine`, `model`, `memory`, `quality`,
-`peers run`); each has `--quick` and `--help`.
+`planning`, `peers run`); each has `--quick` and `--help`.
 """
 
 
@@ -150,6 +150,11 @@ def results_md(records: dict, others: dict[str, dict]) -> str:
         + tables.quality(records["quality"], ("plain", "outliers"), ("float", "a8", "a16", "a32")),
         "Quality samples": "Greedy continuations, float and int8 (a16).\n\n"
         + tables.samples(records["quality"]),
+        "Plans": "Does `gpu_poor.plan` keep its promises? Single modules in a format, plans for "
+        "targets, random ones, and random ones of one size, against the KL measured through "
+        "`quantize` on another text; docs/planning.md has the method.\n\n"
+        + tables.predictions(records["planning"]) + "\nPlans for targets:\n\n"
+        + tables.targets(records["planning"]),
         "Recommendations by use": recommendations(records),
         **{f"Another machine: {name}": another_machine(r) for name, r in others.items()},
         "Reproduction": REPRODUCTION,
@@ -158,18 +163,19 @@ def results_md(records: dict, others: dict[str, dict]) -> str:
     return head + "".join(f"\n## {title}\n\n{body}" for title, body in sections.items())
 
 
-def readme_tables(records: dict) -> dict[str, str]:
+def marked_tables(records: dict) -> dict[str, str]:
     return {
         "summary": tables.summary(records["model"]),
         "speed": tables.speed(records["model"]),
         "quality": tables.quality(records["quality"]),
         "peers": tables.peers(records["peers"], ("gpt2-large", "tinyllama-1.1b")),
+        "planning": tables.predictions(records["planning"]),
     }
 
 
-def fill(readme: str, values: dict[str, str]) -> str:
-    """The README with every marked table replaced. Raises KeyError on an unknown name."""
-    return MARKERS.sub(lambda m: m[1] + values[m[2]] + m[3], readme)
+def fill(text: str, values: dict[str, str]) -> str:
+    """A document with every marked table replaced. Raises KeyError on an unknown name."""
+    return MARKERS.sub(lambda m: m[1] + values[m[2]] + m[3], text)
 
 
 def render(root: Path, folder: Path) -> dict[Path, str]:
@@ -177,9 +183,9 @@ def render(root: Path, folder: Path) -> dict[Path, str]:
     records = load(folder)
     others = {p.name: load(p) for p in sorted(folder.iterdir()) if p.is_dir()}
     files = {root / "RESULTS.md": results_md(records, others)}
-    readme = root / "README.md"
-    if readme.exists():
-        files[readme] = fill(readme.read_text(), readme_tables(records))
+    for path in (root / "README.md", root / "docs" / "planning.md"):
+        if path.exists():
+            files[path] = fill(path.read_text(), marked_tables(records))
     return files
 
 

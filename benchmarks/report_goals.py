@@ -151,10 +151,25 @@ def quality(record: dict | None) -> Iterator[Goal]:
                        "{:.1e}".format, lambda r: f"{r['model']} {r['variant']}")  # fmt: skip
 
 
+def planning(record: dict | None) -> Iterator[Goal]:
+    if not record:
+        return
+    plans = [r for r in record["summary"] if r["rows"] == "plans" and r["basis"] != "weights"]
+    yield from at_least("predicted KL ranks plans as measured KL does: Spearman", plans,
+                        lambda r: r["spearman"], 0.9, "{:.3f}".format,
+                        lambda r: f"{r['model']}, {r['basis']}")  # fmt: skip
+    made = [r for r in record["rows"] if r["kind"] == "planned" and "bytes" in r]
+    used = lambda r: r["bytes"] / r["target_bytes"]  # noqa: E731
+    where = lambda r: f"{r['model']}, {r['target']} of the float model"  # noqa: E731
+    yield from at_least("memory_target used", made, used, 0.99, percent, where)
+    yield from at_most("memory_target used", made, used, 1.0, percent, where)
+
+
 def all_goals(records: dict[str, dict | None]) -> list[Goal]:
     return [
         *kernels(records["kernels"]),
         *models(records["model"], records["peers"]),
         *memory(records["memory"]),
         *quality(records["quality"]),
+        *planning(records["planning"]),
     ]

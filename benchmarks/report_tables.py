@@ -273,6 +273,42 @@ def samples(record: dict | None) -> str:
     return "\n".join(parts)
 
 
+# -- planning.json -----------------------------------------------------------------------------
+
+
+def predictions(record: dict | None) -> str:
+    """How predicted KL goes with measured KL: ranks, and the ratio with its range."""
+    if not record:
+        return NOT_YET
+    cells: dict[tuple, dict] = {}
+    for row in record["summary"]:
+        cells.setdefault((row["model"], row["basis"]), {})[row["rows"]] = row
+    rows = []
+    for (model, basis), by in cells.items():
+        kinds = [by["modules"], by["plans"], by["equal"]]
+        ratios = [f"{r['ratio']:.2f} ({r['ratio_least']:.2f} to {r['ratio_most']:.2f})"
+                  for r in kinds[:2]]  # fmt: skip
+        rows.append([model, basis, *(f"{r['spearman']:.3f} of {r['n']}" for r in kinds),
+                     *(ratios if basis != "weights" else ("", ""))])  # fmt: skip
+    return table(["model", "predicted from", "Spearman: modules", "plans", "plans of one size",
+                  "predicted / measured: modules", "plans"], rows)  # fmt: skip
+
+
+def targets(record: dict | None) -> str:
+    """What plans for targets took and cost."""
+    if not record:
+        return NOT_YET
+    rows = [
+        [r["model"], f"{r['target']:.2f}", r["basis"], f"{r['bytes']:,}",
+         f"{100 * r['bytes'] / r['target_bytes']:.2f} %",
+         "exact" if r["bytes"] == r["predicted_bytes"] else f"{r['predicted_bytes']:,}",
+         f"{r['predicted'][r['basis']]:.2e}", f"{r['kl']:.2e} ± {r['kl_se']:.0e}"]
+        for r in record["rows"] if r["kind"] == "planned" and "kl" in r
+    ]  # fmt: skip
+    return table(["model", "target", "predicted from", "bytes", "of the target", "predicted bytes",
+                  "predicted KL", "measured KL"], rows)  # fmt: skip
+
+
 # -- peers.json --------------------------------------------------------------------------------
 
 

@@ -240,49 +240,55 @@ Tensor int8_embedding(const Tensor &indices, const Tensor &weight, const Tensor 
     return y;
 }
 
-/* int4 ----------------------------------------------------------------------------------------- */
+/* Grouped -------------------------------------------------------------------------------------- */
 
-int64_t panels_of(int64_t n) { return (n + GP_INT4_ROWS - 1) / GP_INT4_ROWS; }
+int64_t panels_of(int64_t n) { return (n + GP_PANEL_ROWS - 1) / GP_PANEL_ROWS; }
 
 void check_group(const char *op, int64_t group)
 {
-    STD_TORCH_CHECK(group >= GP_INT4_BLOCK && group <= GP_INT4_GROUP_MAX &&
-                        group % GP_INT4_BLOCK == 0,
+    STD_TORCH_CHECK(group >= GP_BLOCK && group <= GP_GROUP_MAX &&
+                        group % GP_BLOCK == 0,
                     op, ": group must be 32, 64, 96 or 128, got ", group);
 }
 
-/* Panels int8 [P, B, 256] and scales float16 [P, groups, 1 or 2, 16] of a weight [N, K]. */
-void check_int4_weight(const char *op, const Tensor &weight, const Tensor &scale, int64_t group,
+int64_t bits_of(const Tensor &panels) { return panels.size(2) / GP_BLOCK_BYTES(1); }
+
+/* Panels int8 [P, B, 256 or 512], of 4 or 8 bits, and scales float16 [P, groups, 1 or 2, 16] of a weight [N, K]. */
+void check_grouped_weight(const char *op, const Tensor &weight, const Tensor &scale, int64_t group,
                        int64_t N, int64_t K)
 {
     check_group(op, group);
-    const int64_t blocks = (K + GP_INT4_BLOCK - 1) / GP_INT4_BLOCK;
+    const int64_t blocks = (K + GP_BLOCK - 1) / GP_BLOCK;
     STD_TORCH_CHECK(N >= 0 && K >= 0 && weight.scalar_type() == ScalarType::Char &&
                         weight.dim() == 3 && weight.size(0) == panels_of(N) &&
-                        weight.size(1) == blocks && weight.size(2) == GP_INT4_PANEL_BLOCK,
-                    op, ": weight must be int8 [", panels_of(N), ", ", blocks, ", 256] for N = ", N,
-                    ", K = ", K, ", got shape ", shape_of(weight));
+                        weight.size(1) == blocks &&
+                        (weight.size(2) == GP_BLOCK_BYTES(4) || weight.size(2) == GP_BLOCK_BYTES(8)),
+                    op, ": weight must be int8 [", panels_of(N), ", ", blocks,
+                    ", 256 or 512] for N = ", N, ", K = ", K, ", got shape ", shape_of(weight));
     STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Half && scale.dim() == 4 &&
                         scale.size(0) == panels_of(N) &&
                         scale.size(1) == (K + group - 1) / group &&
                         (scale.size(2) == 1 || scale.size(2) == 2) &&
-                        scale.size(3) == GP_INT4_ROWS,
+                        scale.size(3) == GP_PANEL_ROWS,
                     op, ": scale must be float16 [", panels_of(N), ", ", (K + group - 1) / group,
                     ", 1 or 2, 16] for groups of ", group, ", got shape ", shape_of(scale));
     STD_TORCH_CHECK(weight.is_cpu() && scale.is_cpu(), op, ": all tensors must be on one device");
 }
 
-gp_int4_weight int4_weight(const Tensor &weight, const Tensor &scale, int64_t group, int64_t K)
+gp_grouped_weight grouped_weight(const Tensor &weight, const Tensor &scale, int64_t group, int64_t K)
 {
-    return {K, group, static_cast<const uint8_t *>(weight.data_ptr()),
-            static_cast<const uint16_t *>(scale.data_ptr()), scale.size(2) == 2};
+    return {K, group, static_cast<int>(bits_of(weight)), scale.size(2) == 2,
+            static_cast<const uint8_t *>(weight.data_ptr()),
+            static_cast<const uint16_t *>(scale.data_ptr())};
 }
 
-std::tuple<Tensor, Tensor> int4_quantize(const Tensor &weight, int64_t group, bool asymmetric,
-                                         bool search, const std::optional<Tensor> &importance)
+std::tuple<Tensor, Tensor> grouped_quantize(const Tensor &weight, int64_t group, bool asymmetric,
+                                         bool search, const std::optional<Tensor> &importance,
+                                         int64_t bits)
 {
-    const char *op = "int4_quantize";
+    const char *op = "grouped_quantize";
     check_group(op, group);
+    STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
     STD_TORCH_CHECK(weight.dim() == 2 && weight.is_cpu(), op, ": weight must be [N, K], got shape ",
                     shape_of(weight));
     gp_dtype type = float_type(weight.scalar_type(), op, "weight");
@@ -298,9 +304,10 @@ std::tuple<Tensor, Tensor> int4_quantize(const Tensor &weight, int64_t group, bo
         h = static_cast<const float *>(dense_importance->data_ptr());
     }
     Tensor w = dense(weight);
-    const int64_t blocks = (K + GP_INT4_BLOCK - 1) / GP_INT4_BLOCK;
-    Tensor q = new_tensor({P, blocks, GP_INT4_PANEL_BLOCK}, ScalarType::Char);
-    Tensor scale = new_tensor({P, (K + group - 1) / group, 1 + asymmetric, GP_INT4_ROWS},
+    const int64_t blocks = (K + GP_BLOCK - 1) / GP_BLOCK;
+    const int64_t panel_bytes = blocks * GP_BLOCK_BYTES(bits);
+    Tensor q = new_tensor({P, blocks, GP_BLOCK_BYTES(bits)}, ScalarType::Char);
+    Tensor scale = new_tensor({P, (K + group - 1) / group, 1 + asymmetric, GP_PANEL_ROWS},
                               ScalarType::Half);
     const char *in = static_cast<const char *>(w.data_ptr());
     uint8_t *out = static_cast<uint8_t *>(q.data_ptr());
@@ -309,23 +316,24 @@ std::tuple<Tensor, Tensor> int4_quantize(const Tensor &weight, int64_t group, bo
     std::atomic<bool> out_of_memory{false};
     parallel(P, 1, static_cast<double>(100 * K), [&](int64_t begin, int64_t end) {
         std::unique_ptr<float[]> rows(new (std::nothrow)
-                                          float[static_cast<size_t>(GP_INT4_ROWS * K)]);
+                                          float[static_cast<size_t>(GP_PANEL_ROWS * K)]);
         if (!rows) {
             out_of_memory = true;
             return;
         }
         for (int64_t p = begin; p < end; p++) {
-            const int64_t n = std::min<int64_t>(GP_INT4_ROWS, N - p * GP_INT4_ROWS);
-            const char *from = in + p * GP_INT4_ROWS * K * size;
+            const int64_t n = std::min<int64_t>(GP_PANEL_ROWS, N - p * GP_PANEL_ROWS);
+            const char *from = in + p * GP_PANEL_ROWS * K * size;
             const float *x = reinterpret_cast<const float *>(from);
             if (type != GP_F32) {
                 for (int64_t r = 0; r < n; r++)
                     gp.to_float_row(from + r * K * size, type, K, rows.get() + r * K);
                 x = rows.get();
             }
-            gp_int4_quantize a = {x, n, K, K, group, h, search ? GP_MSE : GP_ABSMAX, asymmetric,
-                                  out + p * blocks * GP_INT4_PANEL_BLOCK, scales + p * per_panel};
-            gp.int4_quantize_panel(&a);
+            gp_grouped_quantize a = {x, n, K, K, group, h, search ? GP_MSE : GP_ABSMAX,
+                                     static_cast<int>(bits), asymmetric, out + p * panel_bytes,
+                                     scales + p * per_panel};
+            gp.grouped_quantize_panel(&a);
         }
     });
     STD_TORCH_CHECK(!out_of_memory, op, ": out of memory for rows of ", K, " columns");
@@ -334,23 +342,23 @@ std::tuple<Tensor, Tensor> int4_quantize(const Tensor &weight, int64_t group, bo
 
 /* Rows index(i) of a weight, as floats. */
 template <class F>
-void int4_rows(const gp_int4_weight &w, int64_t n, gp_dtype type, void *y, const F &index)
+void grouped_rows(const gp_grouped_weight &w, int64_t n, gp_dtype type, void *y, const F &index)
 {
     const int64_t size = gp_size(type);
     char *out = static_cast<char *>(y);
     parallel(n, 1, static_cast<double>(w.K * size), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++)
-            gp.int4_dequantize_row(&w, index(i), out + i * w.K * size, type);
+            gp.grouped_dequantize_row(&w, index(i), out + i * w.K * size, type);
     });
 }
 
-Tensor int4_dequantize(const Tensor &weight, const Tensor &scale, int64_t group, int64_t N,
+Tensor grouped_dequantize(const Tensor &weight, const Tensor &scale, int64_t group, int64_t N,
                        int64_t K, ScalarType dtype)
 {
-    check_int4_weight("int4_dequantize", weight, scale, group, N, K);
-    gp_dtype type = float_type(dtype, "int4_dequantize", "dtype");
+    check_grouped_weight("grouped_dequantize", weight, scale, group, N, K);
+    gp_dtype type = float_type(dtype, "grouped_dequantize", "dtype");
     Tensor w = dense(weight), s = dense(scale), y = new_tensor({N, K}, dtype);
-    int4_rows(int4_weight(w, s, group, K), N, type, y.data_ptr(), [](int64_t i) { return i; });
+    grouped_rows(grouped_weight(w, s, group, K), N, type, y.data_ptr(), [](int64_t i) { return i; });
     return y;
 }
 
@@ -511,7 +519,7 @@ Tensor half_linear(const Tensor &x_in, const Tensor &weight, const std::optional
     return y;
 }
 
-void int4_integer_linear(const Tensor &x, gp_dtype type, gp_int4_linear a)
+void grouped_integer_linear(const Tensor &x, gp_dtype type, gp_grouped_linear a)
 {
     const int64_t K = a.w.K, rows = a.M * a.planes, groups = (K + a.w.group - 1) / a.w.group;
     Scratch scratch(Scratch::bytes<int8_t>(rows * a.K_pad) + Scratch::bytes<float>(a.M) +
@@ -523,21 +531,21 @@ void int4_integer_linear(const Tensor &x, gp_dtype type, gp_int4_linear a)
     quantize_tokens(x, type, a.M, K, a.K_pad, a.planes, q, scale, sum,
                     [&](int64_t begin, int64_t end) {
                         for (int64_t m = begin; m < end; m++)
-                            gp.int4_sum_groups(q + m * a.planes * a.K_pad, K, a.K_pad, a.planes,
+                            gp.grouped_sum_groups(q + m * a.planes * a.K_pad, K, a.K_pad, a.planes,
                                                a.w.group, group_sums + m * groups);
                     });
-    parallel(panels_of(a.N), 1, 8 * row_cost(K, rows),
-             [&](int64_t begin, int64_t end) { gp.int4_linear(&a, begin, end); });
+    parallel(panels_of(a.N), 1, 2.0 * a.w.bits * row_cost(K, rows),
+             [&](int64_t begin, int64_t end) { gp.grouped_linear(&a, begin, end); });
 }
 
-Tensor int4_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale,
+Tensor grouped_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale,
                    const std::optional<Tensor> &bias, int64_t group, int64_t N,
                    int64_t activation_bits)
 {
-    const char *op = "int4_linear";
+    const char *op = "grouped_linear";
     STD_TORCH_CHECK(x_in.dim() >= 1, op, ": x must be [..., K], got a scalar");
     const int64_t K = x_in.size(-1);
-    check_int4_weight(op, weight, scale, group, N, K);
+    check_grouped_weight(op, weight, scale, group, N, K);
     check_linear(op, x_in, activation_bits);
     gp_dtype type = float_type(x_in.scalar_type(), op, "x");
     Tensor x = dense(x_in), w = dense(weight), s = dense(scale);
@@ -547,32 +555,32 @@ Tensor int4_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale
     Tensor y = new_tensor(sizes, x.scalar_type());
     const Bias b(op, bias, N);
     if (M == 0 || N == 0) return y;
-    const gp_int4_weight panels = int4_weight(w, s, group, K);
+    const gp_grouped_weight panels = grouped_weight(w, s, group, K);
     if (activation_bits == 32) {
         Scratch scratch(Scratch::bytes<float>(M * K_pad));
         const float *rows = float_rows(x, type, M, K, K_pad, scratch);
-        const gp_int4_float_linear a = {M, N, K_pad, rows, panels, b.data, y.data_ptr(), type};
-        parallel(panels_of(N), 1, 8 * row_cost(K, 4 * M),
-                 [&](int64_t begin, int64_t end) { gp.int4_float_linear(&a, begin, end); });
+        const gp_grouped_float_linear a = {M, N, K_pad, rows, panels, b.data, y.data_ptr(), type};
+        parallel(panels_of(N), 1, 2.0 * panels.bits * row_cost(K, 4 * M),
+                 [&](int64_t begin, int64_t end) { gp.grouped_float_linear(&a, begin, end); });
     } else {
-        int4_integer_linear(x, type, {M, N, K_pad, activation_bits == 8 ? 1 : 2, nullptr, nullptr,
+        grouped_integer_linear(x, type, {M, N, K_pad, activation_bits == 8 ? 1 : 2, nullptr, nullptr,
                                       nullptr, panels, b.data, y.data_ptr(), type});
     }
     return y;
 }
 
-Tensor int4_embedding(const Tensor &indices, const Tensor &weight, const Tensor &scale,
+Tensor grouped_embedding(const Tensor &indices, const Tensor &weight, const Tensor &scale,
                       int64_t group, int64_t N, int64_t K, ScalarType dtype)
 {
-    check_int4_weight("int4_embedding", weight, scale, group, N, K);
-    gp_dtype type = float_type(dtype, "int4_embedding", "dtype");
-    Tensor ids = Indices::checked("int4_embedding", indices), w = dense(weight), s = dense(scale);
-    const Indices index("int4_embedding", ids, N);
+    check_grouped_weight("grouped_embedding", weight, scale, group, N, K);
+    gp_dtype type = float_type(dtype, "grouped_embedding", "dtype");
+    Tensor ids = Indices::checked("grouped_embedding", indices), w = dense(weight), s = dense(scale);
+    const Indices index("grouped_embedding", ids, N);
     std::vector<int64_t> sizes;
     for (int64_t i = 0; i < ids.dim(); i++) sizes.push_back(ids.size(i));
     sizes.push_back(K);
     Tensor y = new_tensor(sizes, dtype);
-    int4_rows(int4_weight(w, s, group, K), ids.numel(), type, y.data_ptr(), index);
+    grouped_rows(grouped_weight(w, s, group, K), ids.numel(), type, y.data_ptr(), index);
     return y;
 }
 
@@ -636,7 +644,7 @@ void gram_(const Tensor &acc, const Tensor &x_in)
              });
 }
 
-/* Levels int8 [N, K] and float32 [N, groups, 1 or 2] of a weight float32 [N, K]. */
+/* Levels int16 [N, K] and float32 [N, groups, 1 or 2] of a weight float32 [N, K]. */
 std::tuple<Tensor, Tensor> gptq(const Tensor &weight, const Tensor &gram, const Tensor &factor,
                                 int64_t group, int64_t low, int64_t high, bool asymmetric,
                                 bool half_scales, int64_t sweeps)
@@ -651,18 +659,20 @@ std::tuple<Tensor, Tensor> gptq(const Tensor &weight, const Tensor &gram, const 
                             matrix->size(0) == K && matrix->size(1) == K && matrix->is_cpu(),
                         op, ": gram and factor must be float32 [K, K] with K = ", K, ", got shape ",
                         shape_of(*matrix));
-    STD_TORCH_CHECK(-128 <= low && low <= 0 && low < high && high <= 127, op,
-                    ": levels must be within [-128, 127] and hold 0, got ", low, " to ", high);
-    STD_TORCH_CHECK(group >= 1 && (high - low != 15 || group <= GP_INT4_GROUP_MAX), op,
-                    ": group must be >= 1, and <= ", GP_INT4_GROUP_MAX, " for 4 bits, got ", group);
+    STD_TORCH_CHECK(low <= 0 && low < high && high - low <= 255, op,
+                    ": levels must be at most 256 and hold 0, got ", low, " to ", high);
+    STD_TORCH_CHECK(group >= 1 && (!half_scales || group <= GP_GROUP_MAX), op,
+                    ": group must be >= 1, and <= ", GP_GROUP_MAX, " with half_scales, got ", group);
+    STD_TORCH_CHECK(!half_scales || high - low == 15 || high - low == 255, op,
+                    ": with half_scales there are 16 or 256 levels, got ", low, " to ", high);
     STD_TORCH_CHECK(sweeps >= 0, op, ": sweeps must be >= 0, got ", sweeps);
     Tensor w = dense(weight), h = dense(gram), u = dense(factor);
     const int64_t groups = (K + group - 1) / group, parts = 1 + asymmetric;
-    Tensor q = new_tensor({N, K}, ScalarType::Char);
+    Tensor q = new_tensor({N, K}, ScalarType::Short);
     Tensor scale = new_tensor({N, groups, parts}, ScalarType::Float);
     if (K == 0) return {q, scale};
     const float *in = static_cast<const float *>(w.data_ptr());
-    int8_t *out = static_cast<int8_t *>(q.data_ptr());
+    int16_t *out = static_cast<int16_t *>(q.data_ptr());
     float *scales = static_cast<float *>(scale.data_ptr());
     std::atomic<bool> out_of_memory{false};
     parallel(panels_of(N), 1, static_cast<double>(64 * K * K), [&](int64_t begin, int64_t end) {
@@ -686,7 +696,7 @@ std::tuple<Tensor, Tensor> gptq(const Tensor &weight, const Tensor &gram, const 
             gp.gptq_panel(&a);
             for (int64_t r = 0; r < n; r++) {
                 for (int64_t k = 0; k < K; k++)
-                    out[(n0 + r) * K + k] = static_cast<int8_t>(levels[k * 16 + r]);
+                    out[(n0 + r) * K + k] = static_cast<int16_t>(levels[k * 16 + r]);
                 for (int64_t g = 0; g < groups; g++)
                     for (int64_t i = 0; i < parts; i++)
                         scales[((n0 + r) * groups + g) * parts + i] = grids[(2 * g + i) * 16 + r];
@@ -708,13 +718,13 @@ STABLE_TORCH_LIBRARY(gpu_poor, m)
     m.def("int8_embedding(Tensor indices, Tensor weight, Tensor scale, ScalarType dtype)"
           " -> Tensor");
     m.def("half_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-    m.def("int4_quantize(Tensor weight, int group, bool asymmetric, bool search, "
-          "Tensor? importance) -> (Tensor, Tensor)");
-    m.def("int4_dequantize(Tensor weight, Tensor scale, int group, int n, int k, ScalarType dtype)"
+    m.def("grouped_quantize(Tensor weight, int group, bool asymmetric, bool search, "
+          "Tensor? importance, int bits) -> (Tensor, Tensor)");
+    m.def("grouped_dequantize(Tensor weight, Tensor scale, int group, int n, int k, ScalarType dtype)"
           " -> Tensor");
-    m.def("int4_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int group, int n, "
+    m.def("grouped_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int group, int n, "
           "int activation_bits) -> Tensor");
-    m.def("int4_embedding(Tensor indices, Tensor weight, Tensor scale, int group, int n, int k, "
+    m.def("grouped_embedding(Tensor indices, Tensor weight, Tensor scale, int group, int n, int k, "
           "ScalarType dtype) -> Tensor");
     m.def("channel_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("gram_(Tensor(a!) acc, Tensor x) -> ()");
@@ -729,10 +739,10 @@ STABLE_TORCH_LIBRARY_IMPL(gpu_poor, CPU, m)
     m.impl("int8_linear", TORCH_BOX(&int8_linear));
     m.impl("int8_embedding", TORCH_BOX(&int8_embedding));
     m.impl("half_linear", TORCH_BOX(&half_linear));
-    m.impl("int4_quantize", TORCH_BOX(&int4_quantize));
-    m.impl("int4_dequantize", TORCH_BOX(&int4_dequantize));
-    m.impl("int4_linear", TORCH_BOX(&int4_linear));
-    m.impl("int4_embedding", TORCH_BOX(&int4_embedding));
+    m.impl("grouped_quantize", TORCH_BOX(&grouped_quantize));
+    m.impl("grouped_dequantize", TORCH_BOX(&grouped_dequantize));
+    m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
+    m.impl("grouped_embedding", TORCH_BOX(&grouped_embedding));
     m.impl("channel_stats", TORCH_BOX(&channel_stats));
     m.impl("gram_", TORCH_BOX(&gram_));
     m.impl("gptq", TORCH_BOX(&gptq));

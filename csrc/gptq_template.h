@@ -4,14 +4,14 @@
  * GPTQ (Frantar et al. 2022, algorithm 1), then cyclic coordinate descent on the same objective
  * (QuantEase, Behdin et al. 2023), which may revise what GPTQ rounded early. Our additions: the scales
  * of a group are searched when GPTQ reaches it, each column weighed by what its error will cost (1 / U_kk^2), and
- * each sweep refits them under H before it rounds again. Included by int4_quantize_template.h, once
+ * each sweep refits them under H before it rounds again. Included by grouped_quantize_template.h, once
  * per instruction set: the rows are the lanes of a vector, so nothing is ever summed across lanes and
  * every instruction set gives the same bits.
  */
 #ifndef GPU_POOR_GPTQ_H
 #define GPU_POOR_GPTQ_H
 
-#define GPTQ_BLOCK GP_INT4_GROUP_MAX /* columns whose effect on those beyond is applied at once */
+#define GPTQ_BLOCK GP_GROUP_MAX /* columns whose effect on those beyond is applied at once */
 
 /* The dequantized levels of a group's columns: scale * q + min. */
 typedef struct {
@@ -65,19 +65,20 @@ INLINE gp_f16x NAME(gptq_inverse)(gp_f16x scale)
     return NAME(select)(scale != zero, 1.0f / NAME(select)(scale != zero, scale, zero + 1), zero);
 }
 
-/* The grid of columns [k0, k1) of w. Four bits are searched for; more bits take the whole range. */
+/* The grid of columns [k0, k1) of w: searched for in groups, the whole range of a row. */
 INLINE gptq_grid NAME(gptq_choose)(const gp_gptq *a, const gp_f16x *w, int64_t k0, int64_t k1)
 {
     gptq_grid g;
-    if (a->high - a->low == 15) {
-        float x[GP_INT4_GROUP_MAX], h[GP_INT4_GROUP_MAX];
+    if (a->half_scales) {
+        const int bits = a->high - a->low == 15 ? 4 : 8;
+        float x[GP_GROUP_MAX], h[GP_GROUP_MAX];
         for (int64_t k = k0; k < k1; k++) {
             float u = a->factor[k * a->K + k];
             h[k - k0] = 1.0f / (u * u);
         }
         for (int r = 0; r < 16; r++) {
             for (int64_t k = k0; k < k1; k++) x[k - k0] = w[k][r];
-            const int4_choice found = NAME(choose)(x, h, k1 - k0, a->asym, GP_MSE);
+            const grouped_choice found = NAME(choose)(x, h, k1 - k0, bits, a->asym, GP_MSE);
             g.scale[r] = gp_f16_to_float(found.scale), g.min[r] = gp_f16_to_float(found.min);
         }
         return g;

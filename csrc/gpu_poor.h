@@ -69,33 +69,35 @@ typedef struct {
     gp_dtype y_type;
 } gp_float_linear;
 
-/* int4 weights, quantized in groups of `group` columns (a multiple of GP_INT4_BLOCK; the last group
- * may be short):
- *     w[n][k] = scale[n][k / group] * (q - 8)                     symmetric
+/* Grouped weights: 4 or 8 bits, quantized in groups of `group` columns (a multiple of GP_BLOCK; the last
+ * group may be short):
+ *     w[n][k] = scale[n][k / group] * (q - zero)                  symmetric, zero = 2^(bits - 1)
  *     w[n][k] = scale[n][k / group] * q + min[n][k / group]       asymmetric
- * q in [0, 15], scale and min float16. Stored as they are run, in panels of 16 rows by blocks of 32
- * columns, 256 bytes each:
- *     w[panel][block][j = 0..3][row = 0..15][b = 0..3]    low nibble k = 4 j + b, high k = 16 + 4 j + b
+ * q in [0, 2^bits), scale and min float16. Stored as they are run, in panels of 16 rows by blocks of 32
+ * columns, each of `bits` lines of 64 bytes:
+ *     w[panel][block][j = 0..7][row = 0..15][b = 0..3]    8 bits: k = 4 j + b
+ *     w[panel][block][j = 0..3][row = 0..15][b = 0..3]    4 bits: low nibble k = 4 j + b, high 16 more
  *     scale[panel][group][row = 0..15]                    symmetric
  *     scale[panel][group][scale, min][row = 0..15]        asymmetric
- * so that 64 bytes, and'ed with 15 or shifted, are one operand of vpdpbusd whose lanes are rows: no
- * horizontal sum, and a group's scales are one multiply-add. Rows beyond N and columns beyond K are
- * padding: q is 8 or 0, whichever stands for 0, and what their products give is not stored. */
-#define GP_INT4_ROWS 16
-#define GP_INT4_BLOCK 32
-#define GP_INT4_PANEL_BLOCK 256 /* bytes of 16 rows x 32 columns */
-#define GP_INT4_GROUP_MAX 128   /* int32: 15 * 32384 * 128 < 2^31 */
+ * so that 64 bytes (of 4 bits and'ed with 15, or shifted) are one operand of vpdpbusd whose lanes are
+ * rows: no horizontal sum, and a group's scales are one multiply-add. Rows beyond N and columns beyond
+ * K are padding: q is zero or 0, whichever stands for 0, and what their products give is not stored. */
+#define GP_PANEL_ROWS 16
+#define GP_BLOCK 32
+#define GP_BLOCK_BYTES(bits) (64 * (bits)) /* of 16 rows x 32 columns */
+#define GP_GROUP_MAX 128                   /* int32: 255 * 32384 * 128 < 2^31 */
 
 typedef struct {
     int64_t K, group;
+    int bits; /* 4 or 8 */
+    int asym;
     const uint8_t *w;
     const uint16_t *scale;
-    int asym;
-} gp_int4_weight;
+} gp_grouped_weight;
 
-/* One int4 linear, with u = sum over a group of x q and s = sum over it of x, exact integers of
+/* One grouped linear, with u = sum over a group of x q and s = sum over it of x, exact integers of
  * x = 254 h + l (a16) or the one plane (a8):
- *     t = 0;  for each group: t = fma((float)d, scale, t)  with d = u - 8 s, or, asymmetric, d = u and
+ *     t = 0;  for each group: t = fma((float)d, scale, t)  with d = u - zero s, or, asymmetric, d = u and
  *                             then t = fma((float)s, min, t)
  *     y = t * x_scale[m] + bias[n]         each operation rounded once, in that order */
 typedef struct {
@@ -104,25 +106,25 @@ typedef struct {
     const int8_t *x;      /* [M][planes][K_pad] as for int8, 0 beyond K */
     const int32_t *x_sum; /* [M][groups]: s above */
     const float *x_scale; /* [M] */
-    gp_int4_weight w;
+    gp_grouped_weight w;
     const float *bias; /* [N] or NULL */
     void *y;           /* [M][N] */
     gp_dtype y_type;
-} gp_int4_linear;
+} gp_grouped_linear;
 
 /* The same with float activations, also the same bits everywhere:
- *     for each group: d = 0; for k in it, in order: d = fma(x[k], q - 8 or q, d)
+ *     for each group: d = 0; for k in it, in order: d = fma(x[k], q - zero or q, d)
  *                     t = fma(d, scale, t);  asymmetric: s = x[k0] + x[k0 + 1] + ... in order from 0,
  *                                            t = fma(s, min, t)
  *     y = t + bias[n] */
 typedef struct {
     int64_t M, N, K_pad;
     const float *x; /* [M][K_pad], zero beyond K */
-    gp_int4_weight w;
+    gp_grouped_weight w;
     const float *bias;
     void *y;
     gp_dtype y_type;
-} gp_int4_float_linear;
+} gp_grouped_float_linear;
 
 /* Quantize a panel: x[rows][K] with rows `stride` apart, 1 <= rows <= 16, into w and scale, padding
  * included. importance[K] weighs the squared errors; NULL: all the same. A group with a NaN or an
@@ -134,17 +136,17 @@ typedef struct {
     int64_t rows, stride, K, group;
     const float *importance;
     gp_search search;
-    int asym;
+    int bits, asym;
     uint8_t *w;
     uint16_t *scale;
-} gp_int4_quantize;
+} gp_grouped_quantize;
 
 /* Round 16 rows under the Gram matrix of their inputs: csrc/gptq_template.h. Arrays [..][16] have a row
  * to each lane; rows beyond the matrix are zero. */
 typedef struct {
-    int64_t K, group;    /* any group; 4 bits: <= GP_INT4_GROUP_MAX */
+    int64_t K, group;    /* any group; with half_scales <= GP_GROUP_MAX */
     int low, high, asym; /* levels are [low, high]; d = scale * q + min */
-    int half_scales;     /* scales and minima are stored as float16 */
+    int half_scales;     /* scales and minima are stored as float16, and searched for */
     int sweeps;          /* of coordinate descent after GPTQ */
     const float *gram;   /* H [K][K], positive definite */
     const float *factor; /* U [K][K], upper triangular: U^T U = H^-1 */
@@ -179,15 +181,15 @@ typedef struct {
     /* y[k] = x[k] as float32. */                                                                 \
     X(to_float_row, void, (const void *x, gp_dtype type, int64_t K, float *y))                    \
     /* sum[g] = sum of 254 h + l (2 planes, K_pad apart), or of the plane, over each group of K. */   \
-    X(int4_sum_groups, void,                                                                      \
+    X(grouped_sum_groups, void,                                                                      \
       (const int8_t *x, int64_t K, int64_t K_pad, int planes, int64_t group, int32_t *sum))       \
-    /* Panels [p0, p1), 16 columns of y each, of the linear with int4 weights. */                 \
-    X(int4_linear, void, (const gp_int4_linear *a, int64_t p0, int64_t p1))                       \
-    X(int4_float_linear, void, (const gp_int4_float_linear *a, int64_t p0, int64_t p1))           \
-    /* Row n as float: fma(q - 8 or q, scale, 0 or min), rounded to type. */                      \
-    X(int4_dequantize_row, void,                                                                  \
-      (const gp_int4_weight *w, int64_t n, void *y, gp_dtype type))                               \
-    X(int4_quantize_panel, void, (const gp_int4_quantize *a))                                     \
+    /* Panels [p0, p1), 16 columns of y each, of the linear with a grouped weight. */             \
+    X(grouped_linear, void, (const gp_grouped_linear *a, int64_t p0, int64_t p1))                       \
+    X(grouped_float_linear, void, (const gp_grouped_float_linear *a, int64_t p0, int64_t p1))           \
+    /* Row n as float: fma(q - zero or q, scale, 0 or min), rounded to type. */                      \
+    X(grouped_dequantize_row, void,                                                                  \
+      (const gp_grouped_weight *w, int64_t n, void *y, gp_dtype type))                               \
+    X(grouped_quantize_panel, void, (const gp_grouped_quantize *a))                                     \
     X(gptq_panel, void, (const gp_gptq *a))                                                       \
     /* Columns [k0, k1) of x[M][K]: largest magnitude, smallest, largest, sum of squares.         \
      * NaN propagates. M >= 1. */                                                                 \

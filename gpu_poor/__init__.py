@@ -13,6 +13,8 @@ import importlib.metadata as _metadata
 from contextlib import contextmanager as _contextmanager
 
 from gpu_poor import hf_hook, isa, memory, nn, ops
+from gpu_poor.memory_plan import MemoryPlan
+from gpu_poor.planner import plan, plan_memory
 from gpu_poor.quantize import dequantize, quantize
 from gpu_poor.receipt import Receipt, receipt
 
@@ -23,17 +25,21 @@ except _metadata.PackageNotFoundError:  # a source tree on sys.path, not install
 
 __all__ = [
     "GpuPoorConfig",
+    "MemoryPlan",
     "Receipt",
     "__version__",
     "assets",
     "dequantize",
     "evaluate",
+    "export",
     "isa",
     "load",
     "memory",
     "metrics",
     "nn",
     "ops",
+    "plan",
+    "plan_memory",
     "quantize",
     "receipt",
 ]
@@ -43,6 +49,7 @@ _LAZY = {
     "GpuPoorConfig": "hf",
     "assets": None,
     "evaluate": "metrics",
+    "export": "exporters",
     "load": "hf",
     "metrics": None,
 }

@@ -7,6 +7,7 @@ modules, plans, files. Adding one is one ``register`` here.
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import torch
@@ -50,7 +51,7 @@ class Format(Protocol):
         """The stored weight and scale of numbers chosen elsewhere; not where ``levels`` is None.
 
         Args:
-            levels: int8 ``[N, K]``.
+            levels: of an integer dtype, ``[N, K]``, within :attr:`levels`.
             scale: float32 ``[N, groups, 1 or 2]``: scales, and minima if asymmetric.
         """
 
@@ -114,7 +115,7 @@ class Int8:
         return ops.int8_quantize(rows)
 
     def encode(self, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return levels.contiguous(), scale[:, 0, 0].contiguous()
+        return levels.to(torch.int8).contiguous(), scale[:, 0, 0].contiguous()
 
     def dequantize(self, weight: Tensor, scale: Tensor, shape, dtype: torch.dtype) -> Tensor:
         return ops.int8_dequantize(weight, scale, dtype)
@@ -127,8 +128,8 @@ class Int8:
 
 
 @dataclass(frozen=True)
-class Int4:
-    """4 bits in groups of columns, in panels (gpu_poor/ops/int4.py), with float16 scales.
+class Grouped:
+    """4 or 8 bits in groups of columns, in panels (gpu_poor/ops/grouped.py), with float16 scales.
 
     Args:
         group: columns that share a scale: 32, 64, 96 or 128.
@@ -136,40 +137,43 @@ class Int4:
     """
 
     name: str
+    bits: int
     group: int
     asymmetric: bool
-    bits: int = 4
     signed: bool = True
 
     @property
     def levels(self) -> tuple[int, int]:
-        return (0, 15) if self.asymmetric else (-8, 7)
+        lowest = 0 if self.asymmetric else -(2 ** (self.bits - 1))
+        return lowest, lowest + 2**self.bits - 1
 
     def storage(self, *shape: int) -> tuple[Storage, Storage]:
         *leading, n, k = shape
-        weight, scale = ops.int4_shapes(n, k, self.group, self.asymmetric)
+        weight, scale = ops.grouped_shapes(n, k, self.bits, self.group, self.asymmetric)
         return ((*leading, *weight), torch.int8), ((*leading, *scale), torch.float16)
 
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         if rows.dim() == 2:
-            return ops.int4_quantize(rows, self.group, self.asymmetric)
+            return ops.grouped_quantize(rows, self.group, self.asymmetric, bits=self.bits)
         pairs = [self.quantize(matrix) for matrix in rows]
         return tuple(torch.stack(part) for part in zip(*pairs, strict=True))
 
     def encode(self, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.int4_encode(levels, scale, self.group)
+        q = (levels - self.levels[0]).to(torch.uint8)
+        minimum = scale[..., 1].half() if self.asymmetric else None
+        return ops.grouped_pack(q, scale[..., 0].half(), minimum, self.bits)
 
     def dequantize(self, weight: Tensor, scale: Tensor, shape, dtype: torch.dtype) -> Tensor:
         if len(shape) == 2:
-            return ops.int4_dequantize(weight, scale, self.group, *shape, dtype)
+            return ops.grouped_dequantize(weight, scale, self.group, *shape, dtype)
         each = zip(weight, scale, strict=True)
         return torch.stack([self.dequantize(w, s, shape[1:], dtype) for w, s in each])
 
     def linear(self, x, weight, scale, bias, n: int, activation_bits: int) -> Tensor:
-        return ops.int4_linear(x, weight, scale, bias, self.group, n, activation_bits)
+        return ops.grouped_linear(x, weight, scale, bias, self.group, n, activation_bits)
 
     def embedding(self, indices, weight, scale, shape, dtype: torch.dtype) -> Tensor:
-        return ops.int4_embedding(indices, weight, scale, self.group, *shape, dtype)
+        return ops.grouped_embedding(indices, weight, scale, self.group, *shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -201,10 +205,9 @@ class Half:
 
 
 INT8 = register(Int8())
-for _group in (32, 64, 128):
-    register(Int4(f"int4_g{_group}", _group, asymmetric=False))
-    register(Int4(f"int4_g{_group}_asym", _group, asymmetric=True))
-
+for _bits, _group in product((4, 8), (32, 64, 128)):
+    register(Grouped(f"int{_bits}_g{_group}", _bits, _group, asymmetric=False))
+    register(Grouped(f"int{_bits}_g{_group}_asym", _bits, _group, asymmetric=True))
 register(Half("bf16", torch.bfloat16))
 register(Half("fp16", torch.float16))
 

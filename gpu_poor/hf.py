@@ -55,7 +55,7 @@ from gpu_poor.plan import (
     ties_of,
 )
 from gpu_poor.quantize import check_options, dequantize
-from gpu_poor.receipt import make_receipt
+from gpu_poor.receipt import Receipt, check_saved, make_receipt, restore
 from gpu_poor.strategies import recipe
 
 #: Of the saved form; a reader refuses any it does not know.
@@ -77,6 +77,7 @@ class GpuPoorConfig(QuantizationConfigMixin):
         formats: ``{module name: format}`` of those that are not int8.
         ties: ``{module name: owner}``, modules whose weight is another one's.
         activations: ``{module name: mode}`` of the modules whose mode is not ``activation``.
+        receipt: of a saved model: how it was made and what was measured then.
         version: of the saved form.
 
     Raises:
@@ -97,6 +98,7 @@ class GpuPoorConfig(QuantizationConfigMixin):
         formats: dict[str, str] | None = None,
         ties: dict[str, str] | None = None,
         activations: dict[str, str] | None = None,
+        receipt: dict | None = None,
         version: int = VERSION,
         quant_method: str = METHOD,
         **unknown,
@@ -125,6 +127,10 @@ class GpuPoorConfig(QuantizationConfigMixin):
         self.formats = _names("formats", formats, FORMATS)
         self.ties = _names("ties", ties, None)
         self.activations = _names("activations", activations, ops.ACTIVATIONS)
+        try:
+            self.receipt = receipt if receipt is None or check_saved(receipt) else None
+        except ValueError as error:
+            raise ValueError(f"{METHOD} config: {error}") from error
         named = (self.formats, self.ties, self.activations)
         if stray := {name for each in named for name in each or ()} - set(self.modules or {}):
             raise ValueError(
@@ -232,6 +238,7 @@ class GpuPoorQuantizer(HfQuantizer):
                 f"{METHOD}: strategy {' and '.join(how.names)} needs calibration data: load the "
                 "float model and call gpu_poor.quantize(model, sample_inputs=...)"
             )
+        self.quantization_config.strategy = how.names
         return Incoming(how, smooth(model, plan, how, norm_weights(model, files)))
 
     @property
@@ -265,6 +272,9 @@ class GpuPoorQuantizer(HfQuantizer):
             memory.leave_files(model)
             model.gpu_poor_receipt = make_receipt(model, self._before, self._kept, remarks)
             self.pre_quantized = True
+            self.quantization_config.receipt = model.gpu_poor_receipt.saved()
+        elif self.quantization_config.receipt is not None:
+            restore(model, self.quantization_config.receipt)
         memory.trim()
         _attach(model, self)
         return model
@@ -335,6 +345,11 @@ def attach(model: nn.Module, **options) -> None:
             if isinstance(value, PreTrainedConfig):
                 setattr(module, name, copy.deepcopy(value, memo))
     _attach(model, GpuPoorQuantizer(GpuPoorConfig(**options), pre_quantized=True))
+
+
+def keep_receipt(model: nn.Module, receipt: Receipt) -> None:
+    """Have a model saved with its receipt."""
+    model.hf_quantizer.quantization_config.receipt = receipt.saved()
 
 
 def _attach(model: nn.Module, quantizer: GpuPoorQuantizer) -> None:
@@ -448,29 +463,45 @@ HUB = (
 
 
 def load(path: str | Path, **kwargs) -> nn.Module:
-    """Load a folder (or hub repository) that was saved from a quantized model.
+    """Load a model that is quantized: by gpu_poor, or by another library.
 
-    The same as ``from_pretrained(path)`` of the class that was saved, but it says so when the
-    folder is not quantized by gpu_poor, instead of loading float weights, and when it lacks a
-    weight, instead of making one up.
+    A folder (or hub repository) that was saved from a quantized model: the same as
+    ``from_pretrained(path)`` of the class that was saved, but it says so when the folder is not
+    quantized, instead of loading float weights, and when it lacks a weight, instead of making one
+    up.
+
+    A local folder of GPTQ, AWQ, compressed-tensors or bitsandbytes, or a GGUF file: the same
+    integers in our layers where a format of ours has them, else quantized again; which of the two
+    it was, and the error, is in ``gpu_poor.receipt(model).imported`` for each weight
+    (docs/importers.md). One tensor at a time: peak memory is the quantized model and one tensor.
 
     **Import gpu_poor before any** ``from_pretrained`` **of such a folder.** Without it transformers
     only warns ("Unknown quantization type, got gpu-poor") and loads the quantized values, unscaled,
     into float layers: the model answers nonsense. It has no hook by which the folder could refuse.
 
     Args:
-        path: what ``from_pretrained`` takes.
-        **kwargs: further arguments of ``from_pretrained``.
+        path: what ``from_pretrained`` takes, or a .gguf file.
+        **kwargs: further arguments of ``from_pretrained``. For another library's checkpoint:
+            ``activation`` as of :func:`gpu_poor.quantize`; ``dtype`` of what stays in float;
+            ``requantize``, a format for the weights that have to be quantized again, by default
+            one of the nearest size; ``rest``, a format for matrices that are float in the
+            checkpoint, by default left so.
 
     Raises:
-        ValueError: not such a folder, or a damaged one.
+        ValueError: not such a folder, or a damaged one, or an unsupported variant.
     """
     from transformers import AutoConfig
 
+    from gpu_poor import importers
+
+    if (source := importers.find(path)) is not None:
+        return importers.load(source, **kwargs)
     hub = {name: kwargs[name] for name in HUB if name in kwargs}
     config = AutoConfig.from_pretrained(path, **hub)
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
+    if method in importers.IMPORTERS:
+        raise ValueError(f"{path} is {method}: download it, and give the folder")
     if method != METHOD:
         raise ValueError(
             f"{path} is not quantized by gpu_poor (quant_method {method!r}); load it with "

@@ -48,7 +48,7 @@ def choose(groups: list[list[Option]], budget: int) -> Choice:
     """The options with the least loss whose sizes add up to at most ``budget``.
 
     Args:
-        groups: the options of each group, at least one; sizes and losses >= 0.
+        groups: the options of each group; sizes and losses >= 0.
 
     Raises:
         ValueError: even the smallest options are larger than the budget.

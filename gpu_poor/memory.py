@@ -221,3 +221,55 @@ def trim() -> bool:
         return False
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return bool(malloc_trim is not None and malloc_trim(0))
+
+
+#: How many tokens a layer of a kind keeps: the attribute of the config, None for all of them.
+LAYER_TYPES = {
+    "full_attention": None,
+    "sliding_attention": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}
+
+
+def kv_cache_bytes(model: nn.Module, context: int) -> int:
+    """Bytes of the keys and values of one sequence of ``context`` tokens, in the model's dtype.
+
+    By formula from the config of a transformers model: layers x 2 x heads of keys x their size x
+    tokens kept x itemsize; a layer with a sliding window keeps no more than that.
+
+    Raises:
+        ValueError: there is no config, or no formula for its layers.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise ValueError(f"{type(model).__name__} has no config: the KV cache cannot be counted")
+    config = config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if config.model_type == "falcon":  # another name, and another rule
+        grouped = config.new_decoder_architecture
+        kv_heads = config.num_kv_heads if grouped or not config.multi_query else 1
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    token = 2 * kv_heads * head_dim * model.dtype.itemsize
+    return token * sum(_tokens_kept(config, context))
+
+
+def _tokens_kept(config, context: int) -> list[int]:
+    """How many of ``context`` tokens each layer keeps.
+
+    Raises:
+        ValueError: what a layer keeps is not its keys and values of tokens.
+    """
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    one_kind = "full_attention" if window is None else "sliding_attention"
+    layer_types = getattr(config, "layer_types", None) or [one_kind] * config.num_hidden_layers
+    unknown = set(layer_types) - LAYER_TYPES.keys()
+    if unknown or getattr(config, "kv_lora_rank", None):
+        what = ", ".join(sorted(unknown)) or "multi-head latent attention"
+        raise ValueError(f"the KV cache of {config.model_type} cannot be counted: {what}")
+    limits = {
+        kind: LAYER_TYPES[kind] and getattr(config, LAYER_TYPES[kind]) for kind in layer_types
+    }
+    return [min(context, limits[kind] or context) for kind in layer_types]

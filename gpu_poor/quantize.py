@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from gpu_poor import memory, ops
 from gpu_poor.calibrate import CALIBRATION_LENGTH, calibrate
 from gpu_poor.folds import Decided, smooth
 from gpu_poor.formats import Format
+from gpu_poor.metrics_input import Text
 from gpu_poor.nn import QuantizedModule
 from gpu_poor.nn.base import Stored, quantize_rows, take_hooks
 from gpu_poor.plan import (
@@ -32,6 +34,9 @@ from gpu_poor.receipt import make_receipt
 from gpu_poor.samples import SampleInputs, token_rows
 from gpu_poor.strategies import MSE, Recipe, Strategies, recipe
 
+if TYPE_CHECKING:
+    from gpu_poor.metrics import Recording
+
 #: A bar shows up after this many seconds of work.
 PROGRESS_DELAY_S = 1.0
 
@@ -44,6 +49,8 @@ def quantize(
     strategy: Strategies = None,
     sample_inputs: SampleInputs | None = None,
     tokenizer: Callable | None = None,
+    evaluate_on: Text | None = None,
+    max_kl: float | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     activation: str = "a16",
@@ -72,7 +79,10 @@ def quantize(
             which need no data, and ("equalize", "gptq") with sample_inputs.
         sample_inputs: texts like those the model is for, or token ids (gpu_poor.samples): the
             decoder's blocks are calibrated on them.
-        tokenizer: for texts in sample_inputs; default: the one saved with the model.
+        tokenizer: for sample_inputs and evaluate_on; default: the one saved with the model.
+        evaluate_on: text to measure the quality on, for the receipt; no calibration text. The float
+            model's answers are recorded first (gpu_poor.metrics.record).
+        max_kl: refuse to return a model whose mean KL divergence is larger, in nats.
         include: fnmatch patterns over module names; only these modules, and what is below them.
         exclude: the same, to leave out.
         activation: "a16" (default), "a8" or "a32": how activations enter the integer products.
@@ -86,10 +96,11 @@ def quantize(
         plain ``from_pretrained`` after ``import gpu_poor``.
 
     Raises:
-        ValueError: bits or activation are unknown; a pattern matches nothing; the model is
-            quantized already or has no data (meta device); a parameter is not finite (the error
-            names it); or its bytes would fall by less than 70 % (40 % for 16-bit models; 45 % to
-            16 bits) and allow_partial is False.
+        ValueError: bits, a strategy or activation are unknown; a pattern matches nothing; the model
+            is quantized already or has no data (meta device); a parameter, or what a layer reads
+            of the calibration data, is not finite (the error names it); max_kl is exceeded; or
+            its bytes would fall by less than 70 % (40 % for 16-bit models; 45 % to 16 bits, which
+            spare a 16-bit model nothing) and allow_partial is False. The model is unchanged.
     """
     started = time.perf_counter()
     check_options(bits, activation, overrides)
@@ -101,11 +112,14 @@ def quantize(
     options = {
         name: None if value is None else as_patterns(value) for name, value in options.items()
     }
+    if max_kl is not None and evaluate_on is None:
+        raise ValueError("max_kl needs a text to measure on: evaluate_on")
     plan = make_plan(model, **options, bits=bits, overrides=overrides)
     if not allow_partial or not plan.targets:
         check_reduction(model, plan)
     check_finite(target_free_parameters(model, plan))
     before, kept = memory.by_class(model), plan.kept_groups()
+    recording = None if evaluate_on is None else _record(model, evaluate_on, tokenizer)
     if sample_inputs is None:
         done = smooth(model, plan, how)
     else:
@@ -123,6 +137,10 @@ def quantize(
             options |= dict(activation=activation, allow_partial=allow_partial)
             hf.attach(model, **options)
         receipt = make_receipt(model, before, kept, done.remarks(how))
+        if recording is not None:
+            receipt.quality = _measure(model, recording, max_kl)
+        if _is_transformers_model(model):
+            hf.keep_receipt(model, receipt)
     del plan, quantized, done  # the last reference to the float weights
     with suppress(Exception):  # memory that is not given back is no reason to fail now
         memory.leave_files(model)
@@ -132,6 +150,29 @@ def quantize(
     if verbose:
         print(model.gpu_poor_receipt)
     return model
+
+
+def _record(model: nn.Module, text: Text, tokenizer: Callable | None) -> "Recording":
+    from gpu_poor import metrics  # needs transformers, as its models do
+
+    return metrics.record(model, text, tokenizer)
+
+
+def _measure(model: nn.Module, recording: "Recording", max_kl: float | None) -> dict:
+    """The quality of the quantized model.
+
+    Raises:
+        ValueError: it is worse than max_kl allows.
+    """
+    from gpu_poor import metrics
+
+    quality = metrics.evaluate(model, recording)
+    if max_kl is not None and not quality.kl_mean <= max_kl:
+        raise ValueError(
+            f"mean KL divergence {quality.kl_mean:.3g} is above max_kl={max_kl:g}; the model is "
+            "unchanged. Use more bits, calibration data (sample_inputs) or critical_layers"
+        )
+    return quality.to_dict()
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -1,7 +1,7 @@
 """The receipt of a quantization: bytes before and after by class, what was kept and why."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import nn
@@ -11,6 +11,26 @@ from gpu_poor.nn import QuantizedModule
 from gpu_poor.plan import Kept
 
 MB = 1e6
+#: The quality of a model that was compared with nothing.
+UNMEASURED = "unmeasured"
+
+
+@dataclass
+class Imported:
+    """What a weight of somebody else's checkpoint became; errors are against its float values.
+
+    ``how``: "exact" (equal values), "rounded" (the same integers, scales or minima rounded to
+    float16), "re-quantized", or "float".
+    """
+
+    name: str
+    #: What it was, e.g. "Q4_0".
+    source: str
+    form: str
+    how: str
+    #: The largest difference, and the root mean square one relative to that of the weight.
+    max_error: float = 0.0
+    relative_error: float = 0.0
 
 
 @dataclass
@@ -29,7 +49,13 @@ class Receipt:
     kept: list[Kept] = field(default_factory=list)
     #: How the numbers were chosen, and what could not be done as asked.
     remarks: list[str] = field(default_factory=list)
+    #: What :func:`gpu_poor.evaluate` measured against the float model, or :data:`UNMEASURED`.
+    quality: dict | str = UNMEASURED
+    #: Of the gpu_poor that quantized the model.
+    version: str = ""
     seconds: float | None = None
+    #: Of a model that was loaded from another library's checkpoint: every matrix of it.
+    imported: list[Imported] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -48,6 +74,12 @@ class Receipt:
         """Plain numbers and strings, for JSON."""
         totals = ("bytes_before", "bytes_after", "reduction")
         return asdict(self) | {name: getattr(self, name) for name in totals}
+
+    def saved(self) -> dict:
+        """What a checkpoint keeps: the rest can be seen from the model, as it runs here."""
+        kept = ("model", "before", "kept", "remarks", "quality", "version", "imported")
+        totals = ("bytes_before", "bytes_after")
+        return {name: value for name, value in self.to_dict().items() if name in kept + totals}
 
     def __str__(self) -> str:
         took = "" if self.seconds is None else f" in {self.seconds:.1f} s"
@@ -70,7 +102,33 @@ class Receipt:
             f"({kept.n_bytes / MB:.2f} MB, e.g. {kept.example}): {kept.reason}"
             for kept in self.kept
         ]
-        return "\n".join(lines + [f"  {remark}" for remark in self.remarks])
+        lines += [f"  {remark}" for remark in self.remarks] + summarize(self.imported)
+        if self.quality == UNMEASURED:
+            lines.append("  quality: unmeasured")
+        else:
+            lines.append(
+                "  quality: mean KL {kl_mean:.2e} nats, 99th percentile {kl_p99:.2e}, perplexity "
+                "ratio {perplexity_ratio:.4f}, same next token {top1:.2%} on {n_tokens} "
+                "tokens".format(**self.quality)
+            )
+        return "\n".join(lines)
+
+
+def summarize(imported: list[Imported]) -> list[str]:
+    """A line for each way that weights have taken into the model."""
+    ways: dict[tuple, list[Imported]] = {}
+    for each in imported:
+        ways.setdefault((each.source, each.form, each.how), []).append(each)
+    lines = []
+    for (source, form, how), group in ways.items():
+        line = f"  imported: {len(group)} x {source}"
+        if how == "float":
+            lines.append(f"{line}, left as {form}")
+            continue
+        worst = max(group, key=lambda each: each.relative_error)
+        error = f", error {worst.relative_error:.1e} at most ({worst.name})"
+        lines.append(f"{line} as {form}, {how}{'' if how == 'exact' else error}")
+    return lines
 
 
 def count_modules(model: nn.Module) -> dict[str, int]:
@@ -94,8 +152,8 @@ def count_formats(model: nn.Module) -> dict[str, int]:
 def receipt(model: nn.Module) -> Receipt:
     """The receipt of a quantized model.
 
-    After ``quantize`` it is the one that was printed. For a model loaded from a quantized folder
-    it is worked out from the modules: "before" is then the size in the model's own float dtype.
+    After ``quantize`` it is the one that was printed; a saved model keeps it in its config. For one
+    that has none, "before" is worked out as the size in the model's own float dtype.
 
     Raises:
         ValueError: the model has no quantized module.
@@ -106,6 +164,47 @@ def receipt(model: nn.Module) -> Receipt:
         raise ValueError("the model is not quantized by gpu_poor: there is no receipt")
     dtype = getattr(model, "dtype", torch.float32)
     return make_receipt(model, memory.by_class(model, as_float=dtype))
+
+
+def check_saved(saved: object) -> dict:
+    """What a config says of a receipt, if it can be one.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        before = {str(name): int(size) for name, size in saved["before"].items()}
+        kept = [Kept(**each) for each in saved["kept"]]
+        quality = saved["quality"]
+        if quality != UNMEASURED:
+            quality = {str(name): value for name, value in quality.items()}
+            if not all(isinstance(value, int | float | str) for value in quality.values()):
+                raise ValueError("quality holds more than numbers")
+            str(Receipt("", {}, "", "", {}, {}, {}, quality=quality))
+        if set(before) - set(memory.CLASSES):
+            raise ValueError("bytes of unknown classes")
+        remarks = [str(remark) for remark in saved["remarks"]]
+        imported = [Imported(**each) for each in saved.get("imported", [])]
+        summarize(imported)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"receipt is none: {error!r:.200}") from error
+    return {
+        "model": str(saved.get("model")),
+        "before": dict.fromkeys(memory.CLASSES, 0) | before,
+        "kept": kept,
+        "remarks": remarks,
+        "quality": quality,
+        "version": str(saved.get("version")),
+        "imported": imported,
+    }
+
+
+def restore(model: nn.Module, saved: dict) -> None:
+    """Give a loaded model the receipt it was saved with, unless only a part of it was loaded."""
+    known = check_saved(saved)
+    if known.pop("model") == type(model).__name__:
+        found = make_receipt(model, known.pop("before"))
+        model.gpu_poor_receipt = replace(found, **known)
 
 
 def make_receipt(
@@ -119,13 +218,20 @@ def make_receipt(
         model=type(model).__name__,
         formats=count_formats(model),
         activation=activations(model),
-        kernel=isa.kernels()["int8_linear"],  # int4's are of the same or the next slower one
+        kernel=isa.kernels()["int8_linear"],  # others' are of the same or the next slower one
         modules=count_modules(model),
         before=before,
         after=memory.by_class(model),
         kept=kept or [],
         remarks=remarks or [],
+        version=_version(),
     )
+
+
+def _version() -> str:
+    import gpu_poor  # at last, for it imports this module
+
+    return gpu_poor.__version__
 
 
 def activations(model: nn.Module) -> str:

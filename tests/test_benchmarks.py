@@ -8,7 +8,17 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import kernels, machine, memory, quality, report, report_goals, shapes, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    kernels,
+    machine,
+    memory,
+    planning,
+    quality,
+    report,
+    report_goals,
+    shapes,
+    timing,
+)
 from benchmarks import report_tables as tables  # noqa: E402
 from benchmarks.peers import compete  # noqa: E402
 from gpu_poor import formats  # noqa: E402
@@ -239,6 +249,39 @@ def test_check_detects_a_stale_file(results, capsys):
 def test_unknown_marker_is_an_error():
     with pytest.raises(KeyError, match="nothing"):
         report.fill("<!-- results:nothing -->\n<!-- /results -->", {})
+
+
+def test_spearman_is_the_correlation_of_ranks():
+    assert planning.spearman([1.0, 2.0, 30.0], [-5.0, 0.0, 0.1]) == pytest.approx(1)
+    assert planning.spearman([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
+    # 1 - 6 sum d^2 / (n (n^2 - 1)) without ties; with them, of the averaged ranks
+    assert planning.spearman([1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 4.0, 3.0]) == pytest.approx(0.6)
+    assert planning.ranks([5.0, 1.0, 5.0, 7.0]).tolist() == [1.5, 0.0, 1.5, 3.0]
+
+
+def plan_row(kind, predicted, kl, **more):
+    return {"model": "m", "kind": kind, "predicted": dict.fromkeys(planning.BASES, predicted),
+            "kl": kl, "kl_se": 0.1, "bytes": 99, **more}  # fmt: skip
+
+
+def test_plans_are_summarized_and_judged():
+    rows = [plan_row("module", p, k) for p, k in ((1.0, 1.0), (2.0, 4.0), (3.0, 6.0))]
+    rows += [plan_row("equal", p, k) for p, k in ((3.0, 1.0), (2.0, 4.0), (1.0, 6.0))]
+    rows += [plan_row("planned", 2.0, 2.0, target=0.2, basis="samples", target_bytes=101,
+                      predicted_bytes=99)]  # fmt: skip
+    rows += [{"model": "m", "kind": "planned", "target": 0.1, "basis": "samples", "error": "no"}]
+    record = {"rows": rows, "summary": planning.summary(rows)}
+    by = {(r["rows"], r["basis"]): r for r in record["summary"]}
+    assert by["modules", "samples"]["spearman"] == pytest.approx(1)
+    assert by["modules", "samples"]["ratio_least"] == pytest.approx(0.5)
+    assert by["equal", "own text"]["spearman"] == pytest.approx(-1)
+    assert by["plans", "samples"]["n"] == 4
+    goals = {goal: (measured, met) for goal, measured, met in report_goals.planning(record)}
+    assert goals["memory_target used ≥ 99.0 %"] == ("98.0 % (m, 0.2 of the float model)", False)
+    assert goals["memory_target used ≤ 100.0 %"][1]
+    assert not goals["predicted KL ranks plans as measured KL does: Spearman ≥ 0.900"][1]
+    assert "| exact | 2.00e+00 | 2.00e+00 ± 1e-01 |" in tables.targets(record)
+    assert "| m | weights | 1.000 of 3 |" in tables.predictions(record)
 
 
 def test_goals_take_the_worst_case():

@@ -888,3 +888,45 @@ def test_models_list_is_the_promise():
     """The architectures that the round trip is promised for."""
     promised = "gpt2 llama llama-tied qwen3 qwen3-moe mixtral opt gpt-neox gemma2 phi3 falcon"
     assert set(promised.split()) | {"bloom", "bert"} <= set(MODELS)
+
+
+# -- quality in the receipt --------------------------------------------------------------------
+
+
+def packaged_model():
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(gpu_poor.assets.STORIES260K)
+
+
+def test_quality_is_unmeasured_without_a_text(tmp_path):
+    model = quantize(make_model("llama"), verbose=False)
+    assert gpu_poor.receipt(model).quality == "unmeasured"
+    assert "quality: unmeasured" in str(gpu_poor.receipt(model))
+
+
+def test_a_measured_receipt_is_saved_and_loaded(tmp_path):
+    model, text = packaged_model(), gpu_poor.assets.valid_text()[:20000]
+    reference = copy.deepcopy(model)
+    quantize(model, 4, evaluate_on=text, verbose=False)
+    receipt = gpu_poor.receipt(model)
+    assert receipt.quality == gpu_poor.evaluate(model, reference, text).to_dict()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["receipt"]
+    assert saved["quality"] == receipt.quality
+    assert saved["bytes_after"] == memory.parameter_bytes(model)
+    loaded = gpu_poor.receipt(gpu_poor.load(tmp_path))
+    assert loaded.to_dict() == receipt.to_dict() | {"seconds": None}
+
+
+def test_max_kl_refuses_and_restores():
+    model, text = packaged_model(), gpu_poor.assets.valid_text()[:8000]
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"mean KL divergence 0\.\d+ is above max_kl=0\.001"):
+        quantize(model, 4, evaluate_on=text, max_kl=1e-3, verbose=False)
+    assert_untouched(model, before)
+    quantize(model, 8, evaluate_on=text, max_kl=1e-2, verbose=False)
+
+
+def test_max_kl_needs_a_text():
+    with pytest.raises(ValueError, match="max_kl needs a text"):
+        quantize(mlp(), max_kl=0.1)

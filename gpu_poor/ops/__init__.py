@@ -9,15 +9,16 @@ Letters: M rows (tokens), N out features, K in features, G group size, P panels 
 
 from gpu_poor.ops.common import ACTIVATIONS, FLOATS, Q_MAX
 from gpu_poor.ops.gptq import gptq
-from gpu_poor.ops.half import half_linear
-from gpu_poor.ops.int4 import (
-    int4_dequantize,
-    int4_embedding,
-    int4_encode,
-    int4_linear,
-    int4_quantize,
-    int4_shapes,
+from gpu_poor.ops.grouped import (
+    grouped_dequantize,
+    grouped_embedding,
+    grouped_linear,
+    grouped_pack,
+    grouped_quantize,
+    grouped_shapes,
+    grouped_unpack,
 )
+from gpu_poor.ops.half import half_linear
 from gpu_poor.ops.int8 import int8_dequantize, int8_embedding, int8_linear, int8_quantize
 from gpu_poor.ops.stats import channel_stats, gram_
 
@@ -28,13 +29,14 @@ __all__ = [
     "channel_stats",
     "gptq",
     "gram_",
+    "grouped_dequantize",
+    "grouped_embedding",
+    "grouped_linear",
+    "grouped_pack",
+    "grouped_quantize",
+    "grouped_shapes",
+    "grouped_unpack",
     "half_linear",
-    "int4_dequantize",
-    "int4_embedding",
-    "int4_encode",
-    "int4_linear",
-    "int4_quantize",
-    "int4_shapes",
     "int8_dequantize",
     "int8_embedding",
     "int8_linear",

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from gpu_poor.ops import common
 
-#: Columns to a group at most, for the formats of 4 bits, whose scales are searched for.
+#: Columns to a group at most where scales are searched for.
 GROUP_MAX = 128
 
 
-def _check_gptq(weight, gram, factor, group, low, high, sweeps) -> None:
+def _check_gptq(weight, gram, factor, group, low, high, half_scales, sweeps) -> None:
     op = "gptq"
     torch._check(
         weight.dim() == 2 and weight.dtype == torch.float32,
@@ -24,12 +24,16 @@ def _check_gptq(weight, gram, factor, group, low, high, sweeps) -> None:
         ),
     )
     torch._check(
-        -128 <= low <= 0 < high <= 127,
-        lambda: f"{op}: levels must be within [-128, 127] and hold 0, got {low} to {high}",
+        low <= 0 and low < high and high - low <= 255,
+        lambda: f"{op}: levels must be at most 256 and hold 0, got {low} to {high}",
     )
     torch._check(
-        group >= 1 and (high - low != 15 or group <= GROUP_MAX),
-        lambda: f"{op}: group must be >= 1, and <= {GROUP_MAX} for 4 bits, got {group}",
+        group >= 1 and (not half_scales or group <= GROUP_MAX),
+        lambda: f"{op}: group must be >= 1, and <= {GROUP_MAX} with half_scales, got {group}",
+    )
+    torch._check(
+        not half_scales or high - low in (15, 255),
+        lambda: f"{op}: with half_scales there are 16 or 256 levels, got {low} to {high}",
     )
     torch._check(sweeps >= 0, lambda: f"{op}: sweeps must be >= 0, got {sweeps}")
 
@@ -47,10 +51,12 @@ common.register({"gptq": _gptq_elsewhere})
 
 @torch.library.register_fake("gpu_poor::gptq")
 def _(weight, gram, factor, group, low, high, asymmetric, half_scales, sweeps):
-    _check_gptq(weight, gram, factor, group, low, high, sweeps)
+    _check_gptq(weight, gram, factor, group, low, high, half_scales, sweeps)
     n, k = weight.shape
     groups = -(-k // group)
-    return weight.new_empty((n, k), dtype=torch.int8), weight.new_empty((n, groups, 1 + asymmetric))
+    return weight.new_empty((n, k), dtype=torch.int16), weight.new_empty(
+        (n, groups, 1 + asymmetric)
+    )
 
 
 def gptq(
@@ -72,14 +78,15 @@ def gptq(
         weight: float32 ``[N, K]``.
         gram: H, float32 ``[K, K]``, positive definite.
         factor: U, float32 ``[K, K]``, upper triangular with ``U.T @ U = H^-1``.
-        group: columns that share a scale; at most 128 where there are 16 levels.
+        group: columns that share a scale; at most 128 with half_scales.
         levels: the smallest and the largest q.
         asymmetric: with a minimum, which stands for q = 0.
-        half_scales: scales (and minima) are rounded to float16.
+        half_scales: scales (and minima) are searched for and rounded to float16; else they span
+            the row's values.
         sweeps: passes of coordinate descent.
 
     Returns:
-        int8 ``[N, K]`` and float32 ``[N, groups, 1 or 2]``; NaN where the weight is not finite.
+        int16 ``[N, K]`` and float32 ``[N, groups, 1 or 2]``; NaN where the weight is not finite.
     """
     low, high = levels
     return torch.ops.gpu_poor.gptq(

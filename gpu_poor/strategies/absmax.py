@@ -52,4 +52,4 @@ def round_to(rows: Tensor, scale: Tensor, form: Format) -> Numbers:
     q = ((rows.float() - minimum) * inverse).round().clamp(*form.levels)
     usable = scale.isfinite().all(-1, keepdim=True)
     scale = torch.where(usable, scale, torch.nan)
-    return Numbers(*form.encode(q.nan_to_num(0.0).to(torch.int8), scale))
+    return Numbers(*form.encode(q.nan_to_num(0.0).to(torch.int16), scale))

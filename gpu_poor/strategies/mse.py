@@ -10,7 +10,7 @@ from gpu_poor.strategies.base import Inputs, Numbers, Rounding, register
 class Mse(Rounding):
     """A search over scales (and minima) in C, each refitted by least squares.
 
-    For 8 bits a row's clip is searched; for 4 bits csrc/int4_quantize_template.h says what is.
+    csrc/int8.c has the clips of a row, csrc/grouped_quantize_template.h the grids of a group.
     """
 
     name = "mse"

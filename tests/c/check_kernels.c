@@ -211,14 +211,14 @@ static void fill_halves(uint16_t *h, int64_t n)
     for (int64_t i = 0; i < n; i++) h[i] = (uint16_t)(random_u32() & 0xbfff);
 }
 
-/* Every int4 kernel on a weight [N, K]; all of them give the reference's bits. */
-static void check_int4(const gp_impl *impl, int64_t M, int64_t N, int64_t K, int64_t group,
-                       int planes, int asym, int with_bias)
+/* Every kernel of grouped weights [N, K]; all of them give the reference's bits. */
+static void check_grouped(const gp_impl *impl, int64_t M, int64_t N, int64_t K, int bits,
+                          int64_t group, int planes, int asym, int with_bias)
 {
     const int64_t K_pad = round_up(K), P = (N + 15) / 16, B = (K + 31) / 32;
     const int64_t groups = (K + group - 1) / group, rows = M * planes;
     for (int at_start = 0; at_start < 2; at_start++) {
-        uint8_t *w = guarded((size_t)(P * B * 256), at_start);
+        uint8_t *w = guarded((size_t)(P * B * GP_BLOCK_BYTES(bits)), at_start);
         uint16_t *scale = guarded((size_t)(P * groups * (1 + asym) * 16) * 2, at_start);
         int8_t *x = guarded((size_t)(rows * K_pad), at_start);
         int32_t *sum = guarded((size_t)(M * groups) * 4, at_start);
@@ -226,7 +226,7 @@ static void check_int4(const gp_impl *impl, int64_t M, int64_t N, int64_t K, int
         float *x_scale = guarded((size_t)M * 4, at_start), *bias = guarded((size_t)N * 4, at_start);
         float *y = guarded((size_t)(M * N) * 4, at_start), *want = malloc((size_t)(M * N) * 4);
         float *xf = guarded((size_t)(M * K_pad) * 4, at_start);
-        for (int64_t i = 0; i < P * B * 256; i++) w[i] = (uint8_t)random_u32();
+        for (int64_t i = 0; i < P * B * GP_BLOCK_BYTES(bits); i++) w[i] = (uint8_t)random_u32();
         fill_halves(scale, P * groups * (1 + asym) * 16);
         memset(x, 0, (size_t)(rows * K_pad));
         memset(xf, 0, (size_t)(M * K_pad) * 4);
@@ -235,36 +235,36 @@ static void check_int4(const gp_impl *impl, int64_t M, int64_t N, int64_t K, int
         for (int64_t m = 0; m < M; m++) {
             fill_floats(xf + m * K_pad, GP_F32, K);
             const int8_t *row = x + m * planes * K_pad;
-            impl->int4_sum_groups(row, K, K_pad, planes, group, sum + m * groups);
-            ref->int4_sum_groups(row, K, K_pad, planes, group, want_sum + m * groups);
+            impl->grouped_sum_groups(row, K, K_pad, planes, group, sum + m * groups);
+            ref->grouped_sum_groups(row, K, K_pad, planes, group, want_sum + m * groups);
         }
-        CHECK(memcmp(sum, want_sum, (size_t)(M * groups) * 4) == 0, "%s int4_sum_groups K %ld",
+        CHECK(memcmp(sum, want_sum, (size_t)(M * groups) * 4) == 0, "%s grouped_sum_groups K %ld",
               impl->name, (long)K);
         fill_floats(x_scale, GP_F32, M);
         fill_floats(bias, GP_F32, N);
-        gp_int4_weight weight = {K, group, w, scale, asym};
-        gp_int4_linear a = {M, N, K_pad, planes, x, sum, x_scale, weight,
+        gp_grouped_weight weight = {K, group, bits, asym, w, scale};
+        gp_grouped_linear a = {M, N, K_pad, planes, x, sum, x_scale, weight,
                             with_bias ? bias : NULL, want, GP_F32};
-        ref->int4_linear(&a, 0, P);
+        ref->grouped_linear(&a, 0, P);
         a.y = y;
-        impl->int4_linear(&a, 0, P / 2);
-        impl->int4_linear(&a, P / 2, P);
+        impl->grouped_linear(&a, 0, P / 2);
+        impl->grouped_linear(&a, P / 2, P);
         CHECK(memcmp(y, want, (size_t)(M * N) * 4) == 0,
-              "%s int4_linear M %ld N %ld K %ld group %ld planes %d asym %d", impl->name, (long)M,
-              (long)N, (long)K, (long)group, planes, asym);
-        gp_int4_float_linear f = {M, N, K_pad, xf, weight, with_bias ? bias : NULL, want, GP_F32};
-        ref->int4_float_linear(&f, 0, P);
+              "%s grouped_linear M %ld N %ld K %ld bits %d group %ld planes %d asym %d", impl->name,
+              (long)M, (long)N, (long)K, bits, (long)group, planes, asym);
+        gp_grouped_float_linear f = {M, N, K_pad, xf, weight, with_bias ? bias : NULL, want, GP_F32};
+        ref->grouped_float_linear(&f, 0, P);
         f.y = y;
-        impl->int4_float_linear(&f, 0, P / 2);
-        impl->int4_float_linear(&f, P / 2, P);
+        impl->grouped_float_linear(&f, 0, P / 2);
+        impl->grouped_float_linear(&f, P / 2, P);
         CHECK(memcmp(y, want, (size_t)(M * N) * 4) == 0,
-              "%s int4_float_linear M %ld N %ld K %ld group %ld asym %d", impl->name, (long)M,
-              (long)N, (long)K, (long)group, asym);
+              "%s grouped_float_linear M %ld N %ld K %ld bits %d group %ld asym %d", impl->name,
+              (long)M, (long)N, (long)K, bits, (long)group, asym);
         float *row = guarded((size_t)K * 4, at_start), *want_row = malloc((size_t)K * 4);
         for (int64_t n = 0; n < N; n++) {
-            impl->int4_dequantize_row(&weight, n, row, GP_F32);
-            ref->int4_dequantize_row(&weight, n, want_row, GP_F32);
-            CHECK(memcmp(row, want_row, (size_t)K * 4) == 0, "%s int4_dequantize_row", impl->name);
+            impl->grouped_dequantize_row(&weight, n, row, GP_F32);
+            ref->grouped_dequantize_row(&weight, n, want_row, GP_F32);
+            CHECK(memcmp(row, want_row, (size_t)K * 4) == 0, "%s grouped_dequantize_row", impl->name);
         }
         free(want_row);
         free(want_sum);
@@ -273,10 +273,10 @@ static void check_int4(const gp_impl *impl, int64_t M, int64_t N, int64_t K, int
     }
 }
 
-static void check_int4_quantize(const gp_impl *impl, int64_t rows, int64_t K, int64_t group,
-                                int asym)
+static void check_grouped_quantize(const gp_impl *impl, int64_t rows, int64_t K, int bits,
+                                   int64_t group, int asym)
 {
-    const size_t bytes = (size_t)((K + 31) / 32 * 256);
+    const size_t bytes = (size_t)((K + 31) / 32 * GP_BLOCK_BYTES(bits));
     const size_t halves = (size_t)((K + group - 1) / group * (1 + asym) * 16);
     for (int search = GP_ABSMAX; search <= GP_MSE; search++) {
         float *x = guarded((size_t)(rows * K) * 4, search), *h = guarded((size_t)K * 4, search);
@@ -285,14 +285,14 @@ static void check_int4_quantize(const gp_impl *impl, int64_t rows, int64_t K, in
         fill_floats(x, GP_F32, rows * K);
         for (int64_t k = 0; k < K; k++) h[k] = fabsf(random_float());
         if (K > 40) x[K / 2] = NAN, x[K - 1] = INFINITY;
-        gp_int4_quantize a = {x, rows, K, K, group, K % 2 ? h : NULL, (gp_search)search, asym,
-                              want, want_scale};
-        ref->int4_quantize_panel(&a);
+        gp_grouped_quantize a = {x, rows, K, K, group, K % 2 ? h : NULL, (gp_search)search, bits,
+                                 asym, want, want_scale};
+        ref->grouped_quantize_panel(&a);
         a.w = w, a.scale = scale;
-        impl->int4_quantize_panel(&a);
+        impl->grouped_quantize_panel(&a);
         CHECK(memcmp(w, want, bytes) == 0 && memcmp(scale, want_scale, 2 * halves) == 0,
-              "%s int4_quantize_panel rows %ld K %ld group %ld asym %d search %d", impl->name,
-              (long)rows, (long)K, (long)group, asym, search);
+              "%s grouped_quantize_panel rows %ld K %ld bits %d group %ld asym %d search %d",
+              impl->name, (long)rows, (long)K, bits, (long)group, asym, search);
         free(want);
         free(want_scale);
         release_all();
@@ -372,8 +372,8 @@ int main(void)
                         check_quantize(&table, (gp_dtype)type, K, planes, special);
                 check_rows(&table, K, (gp_dtype)type);
             }
-            for (int asym = 0; asym < 2; asym++)
-                check_int4_quantize(&table, 1 + s % 16, K, 32 * (1 + s % 4), asym);
+            for (int i = 0; i < 4; i++)
+                check_grouped_quantize(&table, 1 + s % 16, K, i < 2 ? 4 : 8, 32 * (1 + s % 4), i % 2);
             for (int t = 0; t < (int)(sizeof(tokens) / sizeof(*tokens)); t++) {
                 for (int o = 0; o < (int)(sizeof(outs) / sizeof(*outs)); o++) {
                     int odd = (s + t + o) % 3;
@@ -381,9 +381,9 @@ int main(void)
                         check_linear(&table, tokens[t], outs[o], K, planes, (gp_dtype)odd,
                                      (t + o) % 2, s % 2);
                 }
-                for (int asym = 0; asym < 2; asym++)
-                    check_int4(&table, tokens[t], outs[(s + t) % 6] * (1 + t), K,
-                               32 * (1 + (s + t) % 4), 1 + (s + asym) % 2, asym, t % 2);
+                for (int i = 0; i < 4; i++)
+                    check_grouped(&table, tokens[t], outs[(s + t) % 6] * (1 + t), K, i < 2 ? 4 : 8,
+                                  32 * (1 + (s + t) % 4), 1 + (s + i) % 2, i % 2, t % 2);
                 for (int type = GP_BF16; type <= GP_I8; type++)
                     check_float_linear(&table, tokens[t], outs[t % 6], K, (gp_dtype)type);
                 check_stats(&table, tokens[t], K);

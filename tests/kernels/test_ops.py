@@ -11,8 +11,9 @@ X = heavy_tailed(6, 30)
 
 H = heavy_tailed(20, 30, seed=2).bfloat16()
 
-W4, S4 = ops.int4_quantize(heavy_tailed(20, 30, seed=1), 32)
-A4, M4 = ops.int4_quantize(heavy_tailed(20, 30, seed=1), 32, asymmetric=True)
+W4, S4 = ops.grouped_quantize(heavy_tailed(20, 30, seed=1), 32)
+A4, M4 = ops.grouped_quantize(heavy_tailed(20, 30, seed=1), 32, asymmetric=True)
+W8, S8 = ops.grouped_quantize(heavy_tailed(20, 30, seed=1), 32, bits=8)
 
 SAMPLES = {
     "int8_quantize": [(X,), (X.bfloat16(),), (X.view(2, 3, 30),), (X[:0],)],
@@ -35,20 +36,25 @@ SAMPLES = {
         (X[:0], H, None),
         (X.clone().requires_grad_(), H, torch.randn(20, requires_grad=True)),
     ],
-    "int4_quantize": [
-        (X, 32, False, True, None),
-        (X.bfloat16(), 64, True, False, torch.rand(30)),
-        (X[:0], 32, False, True, None),
+    "grouped_quantize": [
+        (X, 32, False, True, None, 4),
+        (X.bfloat16(), 64, True, False, torch.rand(30), 8),
+        (X[:0], 32, False, True, None, 4),
     ],
-    "int4_dequantize": [(W4, S4, 32, 20, 30, torch.float32), (A4, M4, 32, 20, 30, torch.float16)],
-    "int4_linear": [
+    "grouped_dequantize": [
+        (W4, S4, 32, 20, 30, torch.float32),
+        (A4, M4, 32, 20, 30, torch.float16),
+        (W8, S8, 32, 20, 30, torch.float32),
+    ],
+    "grouped_linear": [
         (X, W4, S4, None, 32, 20, 16),
         (X.half(), A4, M4, torch.randn(20).half(), 32, 20, 8),
         (X.view(2, 3, 30), A4, M4, torch.randn(20), 32, 20, 32),
+        (X, W8, S8, None, 32, 20, 16),
         (X[:0], W4, S4, None, 32, 20, 16),
         (X.clone().requires_grad_(), W4, S4, torch.randn(20, requires_grad=True), 32, 20, 16),
     ],
-    "int4_embedding": [
+    "grouped_embedding": [
         (torch.tensor([[0, 19]]), W4, S4, 32, 20, 30, torch.float32),
         (torch.tensor([3], dtype=torch.int32), A4, M4, 32, 20, 30, torch.bfloat16),
     ],
@@ -89,13 +95,13 @@ def test_int8_linear_gradient_is_that_of_the_dequantized_weight(isa, bits):
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
-@pytest.mark.parametrize("weight, scale", [(W4, S4), (A4, M4)], ids=["sym", "asym"])
-def test_int4_linear_gradient_is_that_of_the_dequantized_weight(isa, weight, scale, bits):
+@pytest.mark.parametrize("weight, scale", [(W4, S4), (A4, M4), (W8, S8)], ids=["4", "asym", "8"])
+def test_grouped_linear_gradient_is_that_of_the_dequantized_weight(isa, weight, scale, bits):
     x = X.clone().requires_grad_()
     bias = torch.zeros(20, requires_grad=True)
     grad = heavy_tailed(6, 20, seed=5)
-    ops.int4_linear(x, weight, scale, bias, 32, 20, bits).backward(grad)
-    dense = ops.int4_dequantize(weight, scale, 32, 20, 30).double()
+    ops.grouped_linear(x, weight, scale, bias, 32, 20, bits).backward(grad)
+    dense = ops.grouped_dequantize(weight, scale, 32, 20, 30).double()
     assert_within(x.grad, grad.double() @ dense, 1e-5)
     assert_within(bias.grad, grad.double().sum(0), 1e-5)
 
