@@ -60,6 +60,8 @@ class Decided:
     factors: dict[str, Tensor] = field(default_factory=dict)
     #: Linears in the blocks that no calibration text reached: rounded without.
     unreached: list[str] = field(default_factory=list)
+    #: Modules in the blocks that are no linears, such as experts: rounded without, too.
+    uncalibrated: list[str] = field(default_factory=list)
     #: Why smoothing was not tried.
     unsmoothed: str = ""
 
@@ -79,6 +81,11 @@ class Decided:
             lines.append(
                 f"no calibration text reached {len(self.unreached)} linears, e.g. "
                 f"{self.unreached[0]}: rounded without"
+            )
+        if self.uncalibrated:
+            lines.append(
+                f"{len(self.uncalibrated)} modules in the blocks are no linears, e.g. "
+                f"{self.uncalibrated[0]}: rounded without calibration"
             )
         if self.unsmoothed:
             lines.append(self.unsmoothed)

@@ -232,7 +232,7 @@ def test_the_search_has_the_same_bits_on_every_isa(form):
         expected = STRATEGIES["mse"]().quantize(rows, form)
     for name in isa.available():
         with isa.cap(name):
-            if name == isa.TORCH and form.bits == 4:
+            if name == isa.TORCH and form.group is not None:
                 continue  # sums in another order: docs/kernels.md
             for a, b in zip(STRATEGIES["mse"]().quantize(rows, form), expected, strict=True):
                 assert_equal(a.view(torch.uint8), b.view(torch.uint8))
