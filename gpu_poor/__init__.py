@@ -13,6 +13,7 @@ import importlib.metadata as _metadata
 from contextlib import contextmanager as _contextmanager
 
 from gpu_poor import hf_hook, isa, memory, nn, ops
+from gpu_poor.hybrid import make_it_work_hybrid
 from gpu_poor.memory_plan import MemoryPlan
 from gpu_poor.planner import plan, plan_memory
 from gpu_poor.quantize import dequantize, quantize
@@ -34,6 +35,7 @@ __all__ = [
     "export",
     "isa",
     "load",
+    "make_it_work_hybrid",
     "memory",
     "metrics",
     "nn",
