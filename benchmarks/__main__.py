@@ -2,7 +2,7 @@
 
 Runs every part in its own process, each writing one JSON file, then RESULTS.md and the README's
 tables. A part measured at this commit already is skipped, so an interrupted campaign goes on where
-it stopped. Takes about 25 minutes on two cores; nothing else should run meanwhile.
+it stopped. Takes about 70 minutes on two cores; nothing else should run meanwhile.
 """
 
 import argparse
@@ -20,6 +20,7 @@ PARTS = {
     "kernels": ["benchmarks.kernels"],
     "model": ["benchmarks.model"],
     "quality": ["benchmarks.quality"],
+    "strategies": ["benchmarks.strategies"],
     "planning": ["benchmarks.planning"],
     "memory": ["benchmarks.memory"],
     "peers": ["benchmarks.peers", "run"],
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = []
     for part in args.parts:
         command = [sys.executable, "-m", *PARTS[part], "--json", str(folder / f"{part}.json")]
-        if part in ("quality", "planning"):
+        if part in ("quality", "strategies", "planning"):
             if not (args.models and args.data):
                 print(f"{part}: left out, it needs --models and --data", file=sys.stderr)
                 continue

@@ -7,15 +7,17 @@ and fails if a file is not what the JSON says. Tables of README.md and docs/ sta
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 from benchmarks import report_tables as tables
+from benchmarks.plot import svg
 from benchmarks.report_goals import all_goals, ours
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("machine", "kernels", "model", "memory", "quality", "planning", "peers")
+PARTS = ("machine", "kernels", "model", "memory", "quality", "strategies", "planning", "peers")
 MARKERS = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -106,7 +108,7 @@ def recommendations(records: dict) -> str:
 REPRODUCTION = """```
 make dev
 .venv/bin/python -m benchmarks.peers install all     # the rivals, into .peers/; 15 minutes
-make bench MODELS=<folder of models> DATA=<folder of texts>   # 25 minutes, an idle machine
+make bench MODELS=<folder of models> DATA=<folder of texts>   # 70 minutes, an idle machine
 make results                                         # this file and the README's tables
 ```
 
@@ -115,8 +117,27 @@ One part alone: `python -m benchmarks.kernels` (or `machine`, `model`, `memory`,
 """
 
 
-def results_md(records: dict, others: dict[str, dict]) -> str:
-    """The whole of RESULTS.md; ``others``: records of further machines by name."""
+def four_bits(record: dict | None, plot: str) -> str:
+    if not record:
+        return tables.NOT_YET
+    tokens = record["n_tokens"]
+    return (
+        "The matrices of the blocks in a format, head and embedding at 8 bits, a16; "
+        f"{tokens} predicted tokens of text that calibration has not seen. `equalize + mse` and "
+        "`equalize + gptq` are the defaults, without and with `sample_inputs`; "
+        "[docs/methods.md](docs/methods.md) says what each does. Bits count scales and padding.\n\n"
+        f"![Mean KL divergence over stored bits per weight]({plot})\n\n"
+        "Dashed: without data. Hollow: symmetric groups of 32.\n\n" + tables.strategies(record)
+    )
+
+
+def results_md(records: dict, others: dict[str, dict], plot: str = "") -> str:
+    """The whole of RESULTS.md.
+
+    Args:
+        others: records of further machines by name.
+        plot: the path of the picture from RESULTS.md.
+    """
     sections = {
         "Environment": environment(records),
         "Summary": tables.summary(records["model"])
@@ -148,6 +169,7 @@ def results_md(records: dict, others: dict[str, dict]) -> str:
         "`with outliers`: the same function with massive activation channels; `float` there is "
         "the variant itself before quantization. a16 is the default.\n\n"
         + tables.quality(records["quality"], ("plain", "outliers"), ("float", "a8", "a16", "a32")),
+        "Formats and strategies": four_bits(records["strategies"], plot),
         "Quality samples": "Greedy continuations, float and int8 (a16).\n\n"
         + tables.samples(records["quality"]),
         "Plans": "Does `gpu_poor.plan` keep its promises? Single modules in a format, plans for "
@@ -168,6 +190,7 @@ def marked_tables(records: dict) -> dict[str, str]:
         "summary": tables.summary(records["model"]),
         "speed": tables.speed(records["model"]),
         "quality": tables.quality(records["quality"]),
+        "strategies": tables.strategy_summary(records["strategies"]),
         "peers": tables.peers(records["peers"], ("gpt2-large", "tinyllama-1.1b")),
         "planning": tables.predictions(records["planning"]),
     }
@@ -182,8 +205,14 @@ def render(root: Path, folder: Path) -> dict[Path, str]:
     """What each generated file should be."""
     records = load(folder)
     others = {p.name: load(p) for p in sorted(folder.iterdir()) if p.is_dir()}
-    files = {root / "RESULTS.md": results_md(records, others)}
-    for path in (root / "README.md", root / "docs" / "planning.md"):
+    for other in others.values():  # quality hardly depends on the machine, which is named above
+        records["strategies"] = records["strategies"] or other["strategies"]
+    picture = folder / "quality.svg"
+    plot = Path(os.path.relpath(picture, root)).as_posix()
+    files = {root / "RESULTS.md": results_md(records, others, plot)}
+    if records["strategies"]:
+        files[picture] = svg(records["strategies"]["rows"])
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         if path.exists():
             files[path] = fill(path.read_text(), marked_tables(records))
     return files

@@ -165,11 +165,47 @@ def planning(record: dict | None) -> Iterator[Goal]:
     yield from at_most("memory_target used", made, used, 1.0, percent, where)
 
 
+#: ``{(format, strategy): (what, {model: largest mean KL})}``; the strategies are the defaults.
+LOW_BITS = {
+    ("int4_g64_asym", "equalize + mse"): (
+        "4.5 bits without data", {"stories260k-llama": 0.085, "tinystories-656k-llama": 0.055}),
+    ("int4_g32_asym", "equalize + mse"): (
+        "5.0 bits without data", {"stories260k-llama": 0.060, "tinystories-656k-llama": 0.038}),
+    ("int4_g64_asym", "equalize + gptq"): (
+        "4.5 bits, calibrated", {"stories260k-llama": 0.055, "tinystories-656k-llama": 0.034}),
+    ("int4_g32_asym", "equalize + gptq"): (
+        "5.0 bits, calibrated", {"stories260k-llama": 0.043, "tinystories-656k-llama": 0.025}),
+}  # fmt: skip
+
+
+def strategies(record: dict | None) -> Iterator[Goal]:
+    if not record:
+        return
+    rows = [
+        row["quality"] | row | {"strategy": " + ".join(row["strategy"])} for row in record["rows"]
+    ]
+    for (form, strategy), (text, limits) in LOW_BITS.items():
+        for model, limit in limits.items():
+            found = [r for r in rows if (r["model"], r["variant"], r["format"], r["strategy"])
+                     == (model, "plain", form, strategy)]  # fmt: skip
+            yield from at_most(
+                f"mean KL, {text}, {model}", found, lambda r: r["kl_mean"], limit,
+                "{:.4f}".format, lambda r: f"{r['format']}, {r['strategy']}",
+            )  # fmt: skip
+    outliers = [r for r in rows if (r["variant"], r["format"], r["strategy"])
+                == ("outliers", "int8", "equalize + mse")]  # fmt: skip
+    yield from at_most(
+        "mean KL, 8 bits without data, outlier variants", outliers, lambda r: r["kl_mean"],
+        1.2e-3, "{:.1e}".format, lambda r: r["model"],
+    )  # fmt: skip
+
+
 def all_goals(records: dict[str, dict | None]) -> list[Goal]:
     return [
         *kernels(records["kernels"]),
         *models(records["model"], records["peers"]),
         *memory(records["memory"]),
         *quality(records["quality"]),
+        *strategies(records["strategies"]),
         *planning(records["planning"]),
     ]

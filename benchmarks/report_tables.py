@@ -309,6 +309,49 @@ def targets(record: dict | None) -> str:
                   "predicted KL", "measured KL"], rows)  # fmt: skip
 
 
+# -- strategies.json ---------------------------------------------------------------------------
+
+
+def strategies(record: dict | None) -> str:
+    """Formats and strategies on every model; within a model and format the best one first."""
+    if not record:
+        return NOT_YET
+    order = list(dict.fromkeys((r["model"], r["variant"], r["format"]) for r in record["rows"]))
+    ranked = sorted(record["rows"], key=lambda r: (
+        order.index((r["model"], r["variant"], r["format"])), r["quality"]["kl_mean"]))  # fmt: skip
+    rows = []
+    for row in ranked:
+        q = row["quality"]
+        rows.append([
+            row["model"] + (" with outliers" if row["variant"] == "outliers" else ""),
+            row["format"], " + ".join(row["strategy"]), f"{row['bits_per_weight']:.2f}",
+            f"{q['kl_mean']:.2e} ± {q['kl_mean_se']:.0e}", f"{q['kl_p99']:.1e}",
+            f"{q['perplexity_ratio']:.4f}", percent(q["top1"]),
+            row["calibration_tokens"] or None, f"{row['seconds']:.1f}",
+        ])  # fmt: skip
+    return table(["model", "format", "strategy", "bits per weight", "mean KL, nats", "KL p99",
+                  "perplexity ratio", "same next token", "calibration tokens", "seconds"],
+                 rows)  # fmt: skip
+
+
+def strategy_summary(record: dict | None) -> str:
+    """Mean KL of the plain models: a row for each strategy, a column for each model and format."""
+    if not record:
+        return NOT_YET
+    forms = ("int4_g64_asym", "int4_g32_asym")
+    rows = [r for r in record["rows"] if r["variant"] == "plain" and r["format"] in forms]
+    kl = {(r["model"], r["format"], " + ".join(r["strategy"])): r["quality"]["kl_mean"]
+          for r in rows}  # fmt: skip
+    columns = list(dict.fromkeys((r["model"], r["format"]) for r in rows))
+    strategies = list(dict.fromkeys(" + ".join(r["strategy"]) for r in rows))
+    cells = [
+        [name, *(f"{kl[(*c, name)]:.5f}" if (*c, name) in kl else None for c in columns)]
+        for name in strategies
+    ]
+    headings = [f"{model}, {form.removeprefix('int4_')}" for model, form in columns]
+    return table(["strategy", *headings], cells)
+
+
 # -- peers.json --------------------------------------------------------------------------------
 
 

@@ -54,6 +54,9 @@ def calibrate(
     names = block_list(model)
     blocks = list(model.get_submodule(names))
     done = Decided()
+    done.uncalibrated = [
+        t.name for t in plan.targets if t.name.startswith(f"{names}.") and not t.is_linear
+    ]
     folds = []
     if recipe.smoothing is not None:
         try:

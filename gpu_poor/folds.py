@@ -60,6 +60,8 @@ class Decided:
     factors: dict[str, Tensor] = field(default_factory=dict)
     #: Linears in the blocks that no calibration text reached: rounded without.
     unreached: list[str] = field(default_factory=list)
+    #: Modules in the blocks that are no linears, such as experts: rounded without, too.
+    uncalibrated: list[str] = field(default_factory=list)
     #: Why smoothing was not tried.
     unsmoothed: str = ""
 
@@ -79,6 +81,11 @@ class Decided:
             lines.append(
                 f"no calibration text reached {len(self.unreached)} linears, e.g. "
                 f"{self.unreached[0]}: rounded without"
+            )
+        if self.uncalibrated:
+            lines.append(
+                f"{len(self.uncalibrated)} modules in the blocks are no linears, e.g. "
+                f"{self.uncalibrated[0]}: rounded without calibration"
             )
         if self.unsmoothed:
             lines.append(self.unsmoothed)
@@ -160,8 +167,7 @@ def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
         for handle in handles:
             handle.remove()
     folds, barred = [], tied_modules(plan)
-    if hasattr(model, "get_output_embeddings"):  # what it reads is the model's hidden state
-        barred.add(id(model.get_output_embeddings()))
+    barred |= _heads(model, plan)
     for name, readers in watch.readers.items():
         spoiled = name in watch.spoiled or not readers or watch.runs[name] != 1
         if spoiled or any(id(linears[r].module) in barred for r in readers):
@@ -226,6 +232,18 @@ def tied_modules(plan: Plan) -> set[int]:
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(id(module))
     return {module for group in users.values() if len(group) > 1 for module in group}
+
+
+def _heads(model: nn.Module, plan: Plan) -> set[int]:
+    """Ids of modules that may read the model's hidden state, which is to stay what it is."""
+    heads = set()
+    if hasattr(model, "get_output_embeddings"):
+        heads.add(id(model.get_output_embeddings()))
+    base = getattr(model, "base_model", model)
+    if base is not model:
+        inside = {id(module) for module in base.modules()}
+        heads |= {id(t.module) for t in plan.targets} - inside
+    return heads
 
 
 def _token_inputs(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from conftest import make_model  # noqa: E402
+
 from benchmarks import (  # noqa: E402
     kernels,
     machine,
@@ -307,3 +309,130 @@ def test_campaign_resumes_at_the_first_unfinished_part(tmp_path):
         path.write_text(json.dumps({"header": {"commit": "c0ffee"}} | more))
         assert is_done(path, "c0ffee") is done
         assert not is_done(path, "another")
+
+
+# -- strategies --------------------------------------------------------------------------------
+
+
+def strategy_row(model, form, strategy, kl, variant="plain", bits=4.5):
+    quality = {"kl_mean": kl, "kl_mean_se": kl / 50, "kl_p99": 9 * kl, "perplexity_ratio": 1.01,
+               "top1": 0.9}  # fmt: skip
+    return {"model": model, "variant": variant, "format": form, "strategy": strategy.split(),
+            "seconds": 1.0, "calibration_tokens": 0, "bits_per_weight": bits, "remarks": [],
+            "quality": quality}  # fmt: skip
+
+
+STRATEGY_ROWS = [
+    strategy_row("stories260k-llama", "int4_g64_asym", "absmax", 0.12),
+    strategy_row("stories260k-llama", "int4_g64_asym", "equalize mse", 0.09),
+    strategy_row("stories260k-llama", "int8", "equalize mse", 6e-4, bits=8.2),
+    strategy_row("stories260k-llama", "int4_g32", "absmax", 0.15),
+    strategy_row("stories260k-llama", "int8", "equalize mse", 1.1e-3, "outliers", 8.2),
+    strategy_row("tinystories-656k-llama", "int4_g64_asym", "equalize mse", 0.05),
+]
+
+
+def test_every_case_is_measured_once_and_is_known():
+    from benchmarks import strategies
+    from gpu_poor.formats import FORMATS
+    from gpu_poor.strategies import STRATEGIES, recipe
+
+    cases = strategies.cases()
+    assert len(cases) == len(set(cases))
+    for variant, form, names in cases:
+        assert variant in ("plain", "outliers") and form in FORMATS
+        assert recipe(names, True).names == list(names) or len(names) == 1
+    assert {name for *_, names in cases for name in names} == set(STRATEGIES)
+    assert strategies.TEXTS.keys() == strategies.CALIBRATION.keys()
+    assert strategies.needs_data(("awq", "mse")) and not strategies.needs_data(("equalize", "mse"))
+
+
+def test_bits_per_weight_counts_scales_and_padding():
+    from benchmarks.strategies import bits_per_weight
+    from gpu_poor import quantize
+
+    model = make_model("llama", hidden_size=128, intermediate_size=256)
+    quantize(model, overrides={"model.layers": "int4_g64_asym"}, verbose=False)
+    assert bits_per_weight(model) == 4.5
+    model = make_model("llama", hidden_size=128, intermediate_size=256)
+    quantize(model, overrides={"model.layers": "int4_g32_asym"}, verbose=False)
+    assert bits_per_weight(model) == 5.0
+    model = make_model("llama", intermediate_size=200)  # 8 more rows, and groups cut short
+    quantize(model, overrides={"model.layers": "int4_g64_asym"}, verbose=False)
+    assert 4.5 < bits_per_weight(model) < 4.9
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    from benchmarks.strategies import earlier_rows
+
+    path = tmp_path / "strategies.json"
+    assert earlier_rows(path, 8) == []
+    record = {"header": {"commit": machine.commit()[0]}, "n_tokens": 8, "complete": False,
+              "rows": STRATEGY_ROWS}  # fmt: skip
+    for changes, expected in (
+        ({}, STRATEGY_ROWS),
+        ({"complete": True}, []),
+        ({"n_tokens": 9}, []),
+        ({"header": {"commit": "another"}}, []),
+    ):
+        path.write_text(json.dumps(record | changes))
+        assert earlier_rows(path, 8) == expected
+
+
+def test_goals_of_low_bits():
+    found = {goal: (measured, met) for goal, measured, met in
+             report_goals.strategies({"rows": STRATEGY_ROWS})}  # fmt: skip
+    assert found == {
+        "mean KL, 4.5 bits without data, stories260k-llama ≤ 0.0850":
+            ("0.0900 (int4_g64_asym, equalize + mse)", False),
+        "mean KL, 4.5 bits without data, tinystories-656k-llama ≤ 0.0550":
+            ("0.0500 (int4_g64_asym, equalize + mse)", True),
+        "mean KL, 8 bits without data, outlier variants ≤ 1.2e-03":
+            ("1.1e-03 (stories260k-llama)", True),
+    }  # fmt: skip
+
+
+def test_the_goals_are_of_the_defaults():
+    from benchmarks import strategies
+    from gpu_poor.strategies import recipe
+
+    assert recipe(None, False).names == list(strategies.DATA_FREE)
+    assert recipe(None, True).names == list(strategies.CALIBRATED)
+    defaults = {" + ".join(s) for s in (strategies.DATA_FREE, strategies.CALIBRATED)}
+    assert {strategy for _, strategy in report_goals.LOW_BITS} == defaults
+
+
+def test_the_plot_shows_every_point_where_it_belongs():
+    from xml.etree import ElementTree
+
+    from benchmarks.plot import PANEL, svg
+
+    text = svg(STRATEGY_ROWS)
+    root = ElementTree.fromstring(text)
+    assert svg(list(STRATEGY_ROWS)) == text
+    panels = root.findall("{*}g")
+    assert [panel[0].text for panel in panels] == ["stories260k-llama", "tinystories-656k-llama"]
+    circles = panels[0].findall("{*}circle")
+    assert len(circles) == 4 and len(panels[1].findall("{*}circle")) == 1  # no outlier variant
+    at = {(c[0].text, c.get("stroke")): (float(c.get("cx")), float(c.get("cy"))) for c in circles}
+    assert all(0 < x < PANEL[0] and 0 < y < PANEL[1] for x, y in at.values())
+    grey, blue = "#8a8a8a", "#1f6fb4"
+    assert at["int4_g64_asym", grey][0] == at["int4_g64_asym", blue][0] < at["int8", blue][0]
+    # Upwards is worse: the axis points down.
+    assert at["int4_g32", grey][1] < at["int4_g64_asym", grey][1] < at["int4_g64_asym", blue][1]
+    assert at["int4_g64_asym", blue][1] < at["int8", blue][1]
+
+
+def test_report_shows_the_strategies_of_another_machine(results):
+    record = json.loads((results / "results" / "model.json").read_text())
+    elsewhere = {"header": record["header"] | {"cpu": "Zeta 9"}, "n_tokens": 8, "complete": True,
+                 "rows": STRATEGY_ROWS}  # fmt: skip
+    machine.save(elsewhere, results / "results" / "zeta" / "strategies.json", "")
+    assert run(results) == 0
+    text = (results / "RESULTS.md").read_text()
+    assert "(results/quality.svg)" in text and (results / "results" / "quality.svg").exists()
+    assert "| stories260k-llama with outliers | int8 | equalize + mse | 8.20 |" in text
+    assert text.index("| equalize + mse | 4.50 |") < text.index("| absmax | 4.50 |")  # best first
+    assert "Zeta 9 (strategies)" in text
+    (results / "results" / "quality.svg").write_text("")
+    assert run(results, "--check") == 1

@@ -97,6 +97,13 @@ def test_every_operator_is_documented():
     assert not {name for name in ours if f"`{name}`" not in kernels}
 
 
+def test_every_strategy_is_documented():
+    from gpu_poor.strategies import STRATEGIES
+
+    headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "methods.md").read_text(), re.M)
+    assert set(STRATEGIES) <= set(headings)
+
+
 def test_every_environment_variable_is_documented():
     documents = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
     sources = [*(ROOT / "gpu_poor").rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*")]

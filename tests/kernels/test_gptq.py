@@ -6,10 +6,13 @@ import torch
 from helpers import assert_equal, heavy_tailed, to_numpy
 
 from gpu_poor import isa, ops
+from gpu_poor.ops.gptq import GROUP_MAX
 
 C_ISAS = [name for name in isa.available() if name != isa.TORCH]
-FOUR = {False: (-8, 7), True: (0, 15)}
-EIGHT = {False: (-127, 127), True: (0, 255 - 128)}
+#: ``{bits: {asymmetric: levels}}`` of groups.
+LEVELS = {4: {False: (-8, 7), True: (0, 15)}, 8: {False: (-128, 127), True: (0, 255)}}
+#: A whole row, whose scale is no half.
+ROW = (10**6, (-127, 127), False)
 #: Of a step: float32 feedback over K columns against float64.
 TIE = 2e-3
 
@@ -26,7 +29,8 @@ def problem(n, k, seed=0):
     return weight, torch.tensor(gram).float(), torch.tensor(factor).float()
 
 
-def solve(case, group, levels, asymmetric, half=True, sweeps=0):
+def solve(case, group, levels, asymmetric, sweeps=0):
+    half = group <= GROUP_MAX
     return ops.gptq(*case, group, levels, asymmetric, half_scales=half, sweeps=sweeps)
 
 
@@ -55,8 +59,10 @@ def fed_back(case, q, scale, group):
 
 
 SHAPES = ((1, 1), (5, 33), (17, 130), (33, 257))
-GRIDS = [(group, FOUR[a], a) for group in (32, 64, 96, 128) for a in (False, True)]
-GRIDS += [(1000, EIGHT[False], False), (64, EIGHT[False], False), (64, EIGHT[True], True)]
+GRIDS = [
+    (g, LEVELS[bits][a], a) for bits in (4, 8) for g in (32, 64, 96, 128) for a in (False, True)
+]
+GRIDS += [ROW]
 IDS = [f"g{g}-{levels[1] - levels[0] + 1}{'-asym' * a}" for g, levels, a in GRIDS]
 
 
@@ -73,48 +79,28 @@ def test_gptq_rounds_what_the_errors_before_have_left(n, k, group, levels, asymm
     assert off.max() <= 0.5 + TIE, np.unravel_index(off.argmax(), off.shape)
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("group", [50, 64, 1000])
-def test_gptq_eight_bits_take_the_whole_range(group, half):
-    """Of the values as they are when the group is reached."""
+def test_gptq_spans_a_row():
     case = problem(19, 130)
-    for asymmetric in (False, True):
-        low, high = EIGHT[asymmetric]
-        q, scale = solve(case, group, (low, high), asymmetric, half)
-        v = fed_back(case, q, scale, group)
-        for g, start in enumerate(range(0, 130, group)):
-            # The values before the feedback of the group's own columns.
-            frozen = to_numpy(q).copy()
-            part = fed_back_until(case, frozen, scale, group, start)[:, start : start + group]
-            if asymmetric:
-                expected = (part.max(-1) - part.min(-1)) / (high - low)
-                np.testing.assert_allclose(to_numpy(scale)[:, g, 1], part.min(-1), rtol=2e-3)
-            else:
-                expected = np.abs(part).max(-1) / high
-            np.testing.assert_allclose(to_numpy(scale)[:, g, 0], expected, rtol=2e-3)
-        assert v.shape == (19, 130)
-
-
-def fed_back_until(case, q, scale, group, stop):
-    """The weight when GPTQ has rounded the columns before ``stop``."""
-    weight, _, factor = map(to_numpy, case)
-    w, (s, m) = weight.copy(), columns(scale, group, weight.shape[1])
-    for k in range(stop):
-        error = w[:, k] - (q[:, k] * s[:, k] + m[:, k])
-        w[:, k + 1 :] -= np.outer(error / factor[k, k], factor[k, k + 1 :])
-    return w
+    for asymmetric, (low, high) in LEVELS[8].items():
+        _, scale = ops.gptq(*case, 130, (low, high), asymmetric, half_scales=False, sweeps=0)
+        weight = case[0]
+        if asymmetric:
+            assert_equal(scale[:, 0, 1], weight.amin(-1))
+            assert_equal(scale[:, 0, 0], (weight.amax(-1) - weight.amin(-1)) / 255)
+        else:
+            assert_equal(scale[:, 0, 0], weight.abs().amax(-1) / 127)
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [32, 128])
-def test_gptq_searches_four_bits_by_what_an_error_will_cost(group, asymmetric):
+def test_gptq_searches_groups_by_what_an_error_will_cost(group, bits, asymmetric):
     """The first group's scales are those of the plain search, weighed by 1 / U_kk^2."""
     case = problem(18, 150)
     importance = case[2].diagonal()[:group].square().reciprocal()
-    _, scale = solve(case, group, FOUR[asymmetric], asymmetric)
-    _, expected = ops.int4_quantize(
-        case[0][:, :group].contiguous(), group, asymmetric, True, importance.contiguous()
-    )
+    _, scale = solve(case, group, LEVELS[bits][asymmetric], asymmetric)
+    first = case[0][:, :group].contiguous()
+    _, expected = ops.grouped_quantize(first, group, asymmetric, True, importance, bits=bits)
     rows = expected[:, 0].movedim(-1, -2).reshape(-1, 1 + asymmetric)[:18]
     assert_equal(scale[:, 0], rows.float())
 
@@ -122,8 +108,7 @@ def test_gptq_searches_four_bits_by_what_an_error_will_cost(group, asymmetric):
 @pytest.mark.parametrize("group, levels, asymmetric", GRIDS, ids=IDS)
 def test_gptq_sweeps_lower_the_objective(group, levels, asymmetric):
     case = problem(33, 257, seed=3)
-    plain = ops.gptq(*case[:1], torch.eye(257), torch.eye(257), group, levels, asymmetric,
-                     half_scales=True, sweeps=0)  # fmt: skip
+    plain = solve((case[0], torch.eye(257), torch.eye(257)), group, levels, asymmetric)
     errors = [objective(case, *plain, group)]
     errors += [objective(case, *solve(case, group, levels, asymmetric, sweeps=i), group)
                for i in (0, 1, 2, 4, 8)]  # fmt: skip
@@ -141,11 +126,15 @@ def test_gptq_ends_where_no_single_level_can_be_improved(group, levels, asymmetr
     s, m = columns(scale, group, 65)
     weight, gram, _ = map(to_numpy, case)
     levels_now = to_numpy(q)
+    square = gram.diagonal() * s**2
     slope = 2 * (levels_now * s + m - weight) @ gram
     for step in (-1, 1):
         within = (levels_now + step >= levels[0]) & (levels_now + step <= levels[1])
-        change = slope * step * s + gram.diagonal() * s**2
-        assert (change[within] >= -1e-3 * (gram.diagonal() * s**2)[within]).all()
+        change = slope * step * s + square
+        # The gradient is kept in float32 through all sweeps: off by a hundredth of a step of
+        # 4 bits, and a tenth of one of 8.
+        tolerance = 0.03 if levels[1] - levels[0] == 15 else 0.25
+        assert (change >= -tolerance * square)[within].all()
 
 
 def test_gptq_without_correlations_rounds_to_the_nearest():
@@ -155,7 +144,7 @@ def test_gptq_without_correlations_rounds_to_the_nearest():
     expected = (weight / scale[:, 0]).round()
     assert_equal(scale[:, 0, 0], weight.abs().amax(-1) / 127)
     assert (to_numpy(q) - to_numpy(expected) == 0).mean() > 0.999  # ties of float32 apart
-    assert_equal(q.abs().amax(-1), torch.full((20,), 127, dtype=torch.int8))
+    assert_equal(q.abs().amax(-1), torch.full((20,), 127, dtype=torch.int16))
 
 
 @pytest.mark.parametrize("group, levels, asymmetric", GRIDS, ids=IDS)
@@ -179,8 +168,8 @@ def test_gptq_has_the_same_bits_everywhere(group, levels, asymmetric):
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 40])
 def test_gptq_rows_do_not_know_of_each_other(n):
     weight, gram, factor = problem(40, 70)
-    expected = solve((weight, gram, factor), 32, (0, 15), True, sweeps=2)
-    got = solve((weight[:n], gram, factor), 32, (0, 15), True, sweeps=2)
+    expected = solve((weight, gram, factor), 32, (0, 15), True, 2)
+    got = solve((weight[:n], gram, factor), 32, (0, 15), True, 2)
     for a, b in zip(got, expected, strict=True):
         assert_equal(a, b[:n])
 
@@ -213,7 +202,8 @@ def test_gptq_nothing_to_round(n, k):
         (dict(group=0), "group must be"),
         (dict(group=129), "group must be"),
         (dict(levels=(1, 16)), "levels must be"),
-        (dict(levels=(-129, 5)), "levels must be"),
+        (dict(levels=(-8, 248)), "levels must be"),
+        (dict(levels=(0, 127)), "16 or 256 levels"),
         (dict(sweeps=-1), "sweeps must be"),
     ],
 )
