@@ -419,29 +419,45 @@ HUB = (
 
 
 def load(path: str | Path, **kwargs) -> nn.Module:
-    """Load a folder (or hub repository) that was saved from a quantized model.
+    """Load a model that is quantized: by gpu_poor, or by another library.
 
-    The same as ``from_pretrained(path)`` of the class that was saved, but it says so when the
-    folder is not quantized by gpu_poor, instead of loading float weights, and when it lacks a
-    weight, instead of making one up.
+    A folder (or hub repository) that was saved from a quantized model: the same as
+    ``from_pretrained(path)`` of the class that was saved, but it says so when the folder is not
+    quantized, instead of loading float weights, and when it lacks a weight, instead of making one
+    up.
+
+    A local folder of GPTQ, AWQ, compressed-tensors or bitsandbytes, or a GGUF file: the same
+    integers in our layers where a format of ours has them, else quantized again; which of the two
+    it was, and the error, is in ``gpu_poor.receipt(model).imported`` for each weight
+    (docs/importers.md). One tensor at a time: peak memory is the quantized model and one tensor.
 
     **Import gpu_poor before any** ``from_pretrained`` **of such a folder.** Without it transformers
     only warns ("Unknown quantization type, got gpu-poor") and loads the quantized values, unscaled,
     into float layers: the model answers nonsense. It has no hook by which the folder could refuse.
 
     Args:
-        path: what ``from_pretrained`` takes.
-        **kwargs: further arguments of ``from_pretrained``.
+        path: what ``from_pretrained`` takes, or a .gguf file.
+        **kwargs: further arguments of ``from_pretrained``. For another library's checkpoint:
+            ``activation`` as of :func:`gpu_poor.quantize`; ``dtype`` of what stays in float;
+            ``requantize``, a format for the weights that have to be quantized again, by default
+            one of the nearest size; ``rest``, a format for matrices that are float in the
+            checkpoint, by default left so.
 
     Raises:
-        ValueError: not such a folder, or a damaged one.
+        ValueError: not such a folder, or a damaged one, or an unsupported variant.
     """
     from transformers import AutoConfig
 
+    from gpu_poor import importers
+
+    if (source := importers.find(path)) is not None:
+        return importers.load(source, **kwargs)
     hub = {name: kwargs[name] for name in HUB if name in kwargs}
     config = AutoConfig.from_pretrained(path, **hub)
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
+    if method in importers.IMPORTERS:
+        raise ValueError(f"{path} is {method}: download it, and give the folder")
     if method != METHOD:
         raise ValueError(
             f"{path} is not quantized by gpu_poor (quant_method {method!r}); load it with "

@@ -14,6 +14,24 @@ MB = 1e6
 
 
 @dataclass
+class Imported:
+    """What a weight of somebody else's checkpoint became; errors are against its float values.
+
+    ``how``: "exact" (equal values), "rounded" (the same integers, scales or minima rounded to
+    float16), "re-quantized", or "float".
+    """
+
+    name: str
+    #: What it was, e.g. "Q4_0".
+    source: str
+    form: str
+    how: str
+    #: The largest difference, and the root mean square one relative to that of the weight.
+    max_error: float = 0.0
+    relative_error: float = 0.0
+
+
+@dataclass
 class Receipt:
     """What :func:`gpu_poor.quantize` did to a model. All sizes in bytes, shared memory once."""
 
@@ -28,6 +46,8 @@ class Receipt:
     after: dict[str, int]
     kept: list[Kept] = field(default_factory=list)
     seconds: float | None = None
+    #: Of a model that was loaded from another library's checkpoint: every matrix of it.
+    imported: list[Imported] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -68,7 +88,25 @@ class Receipt:
             f"({kept.n_bytes / MB:.2f} MB, e.g. {kept.example}): {kept.reason}"
             for kept in self.kept
         ]
+        lines += summarize(self.imported)
         return "\n".join(lines)
+
+
+def summarize(imported: list[Imported]) -> list[str]:
+    """A line for each way that weights have taken into the model."""
+    ways: dict[tuple, list[Imported]] = {}
+    for each in imported:
+        ways.setdefault((each.source, each.form, each.how), []).append(each)
+    lines = []
+    for (source, form, how), group in ways.items():
+        line = f"  imported: {len(group)} x {source}"
+        if how == "float":
+            lines.append(f"{line}, left as {form}")
+            continue
+        worst = max(group, key=lambda each: each.relative_error)
+        error = f", error {worst.relative_error:.1e} at most ({worst.name})"
+        lines.append(f"{line} as {form}, {how}{'' if how == 'exact' else error}")
+    return lines
 
 
 def count_modules(model: nn.Module) -> dict[str, int]:
