@@ -28,6 +28,7 @@ __all__ = [
     "assets",
     "dequantize",
     "evaluate",
+    "export",
     "isa",
     "load",
     "memory",
@@ -43,6 +44,7 @@ _LAZY = {
     "GpuPoorConfig": "hf",
     "assets": None,
     "evaluate": "metrics",
+    "export": "exporters",
     "load": "hf",
     "metrics": None,
 }
