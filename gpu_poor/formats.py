@@ -105,8 +105,11 @@ class Int8:
     name: str = "int8"
     asymmetric: bool = False
     bits: int = 8
-    levels: tuple[int, int] = (-127, 127)
     group: None = None
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        return (-128, 127) if self.asymmetric else (-127, 127)
 
     @property
     def signed(self) -> bool:
