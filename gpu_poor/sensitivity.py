@@ -15,6 +15,7 @@ all that is kept of it. How well that does: docs/planning.md.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from gpu_poor import memory
 from gpu_poor.formats import Format
 from gpu_poor.metrics_input import n_positions
 from gpu_poor.plan import Plan, Target, first_block
+from gpu_poor.quantize import PROGRESS_DELAY_S
 from gpu_poor.samples import vocabulary
 
 #: Elements of a weight that are rounded at once: 16 MB of float32.
@@ -114,12 +117,15 @@ class Fisher:
 
 
 @torch.inference_mode(False)  # whatever mode the caller is in
-def fisher(model: nn.Module, every: list[Unit], rows: list[Tensor]) -> dict[tuple, Fisher]:
+def fisher(
+    model: nn.Module, every: list[Unit], rows: list[Tensor], progress: bool | None = None
+) -> dict[tuple, Fisher]:
     """The Fisher information per token of all weights, by their memory.
 
     Args:
         model: a causal language model; in the end it is as it was.
         rows: int64 ``[1, T]`` each, from :func:`gpu_poor.samples.token_rows`.
+        progress: show a bar; None: on a terminal.
 
     Raises:
         ValueError: logits or gradients are not finite; the message says where.
@@ -127,8 +133,10 @@ def fisher(model: nn.Module, every: list[Unit], rows: list[Tensor]) -> dict[tupl
     weights = {key: weight for unit in every for key, weight in unit.weights.items()}
     found = {key: Fisher(tuple(w.rows.shape), w.rows.device) for key, w in weights.items()}
     generator = torch.Generator().manual_seed(SEED)
-    with _differentiating(model, every, found):
-        for i, ids in enumerate(rows):
+    show = sys.stderr.isatty() if progress is None else progress
+    bar = tqdm(rows, "looking at text", unit="sequence", delay=PROGRESS_DELAY_S, disable=not show)
+    with bar, _differentiating(model, every, found):
+        for i, ids in enumerate(bar):
             ids = ids.clone()  # what was made in inference mode has no gradient
             log_p = log_probabilities(model, ids, f"sequence {i} of sample_inputs")
             labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
