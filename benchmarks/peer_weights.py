@@ -3,8 +3,8 @@
 ``python -m benchmarks.peer_weights --models DIR --data DIR --json strategies.json`` adds its rows
 to the record that benchmarks.strategies has written. The matrices of the decoder's blocks go
 through the rival's own quantizer and back; head and embedding are our 8 bits, as in every other
-row, so only the weights of the blocks differ. Activations stay float, which favours the rivals. A rival
-that is not installed is left out, with a word.
+row, so only the weights of the blocks differ. Activations stay float in the blocks, which favours
+the rivals. A rival that is not installed is left out, with a word.
 """
 
 import argparse
