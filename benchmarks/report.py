@@ -127,7 +127,11 @@ def four_bits(record: dict | None, plot: str) -> str:
         "`equalize + gptq` are the defaults, without and with `sample_inputs`; "
         "[docs/methods.md](docs/methods.md) says what each does. Bits count scales and padding.\n\n"
         f"![Mean KL divergence over stored bits per weight]({plot})\n\n"
-        "Dashed: without data. Hollow: symmetric groups of 32.\n\n" + tables.strategies(record)
+        "Dashed: without data. Hollow: symmetric groups of 32.\n\n"
+        + tables.strategies(record)
+        + "\nThe same blocks rounded by other packages, without data, and run with float "
+        "activations; beside them the default without data, interpolated at as many bits:\n\n"
+        + tables.peer_weights(record)
     )
 
 

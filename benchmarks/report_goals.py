@@ -4,6 +4,7 @@ Each function takes a record (or None) and yields ``(goal, measured, met)``. The
 always the worst case over what the goal covers.
 """
 
+import math
 from collections.abc import Iterator
 
 Goal = tuple[str, str, bool]
@@ -178,6 +179,20 @@ LOW_BITS = {
 }  # fmt: skip
 
 
+def at_bits(rows: list[dict], model: str, bits: float) -> float | None:
+    """Mean KL of the default without data at some bits per weight: log KL is linear between two."""
+    points = sorted(
+        (r["bits_per_weight"], math.log(r["quality"]["kl_mean"])) for r in rows
+        if (r["model"], r["variant"], tuple(r["strategy"])) == (model, "plain", ("equalize", "mse"))
+        and r["format"] != "int4_g32"
+    )  # fmt: skip
+    if len(points) < 2:
+        return None
+    i = next((i for i in range(1, len(points) - 1) if bits <= points[i][0]), len(points) - 1)
+    (b0, k0), (b1, k1) = points[i - 1 : i + 1]
+    return math.exp(k0 + (k1 - k0) * (bits - b0) / (b1 - b0))
+
+
 def strategies(record: dict | None) -> Iterator[Goal]:
     if not record:
         return
@@ -197,6 +212,13 @@ def strategies(record: dict | None) -> Iterator[Goal]:
     yield from at_most(
         "mean KL, 8 bits without data, outlier variants", outliers, lambda r: r["kl_mean"],
         1.2e-3, "{:.1e}".format, lambda r: r["model"],
+    )  # fmt: skip
+    peers = [(r, at_bits(record["rows"], r["model"], r["bits_per_weight"]))
+             for r in record.get("peers", [])]  # fmt: skip
+    yield from at_most(
+        "mean KL without data, over a rival's at as many bits", [p for p in peers if p[1]],
+        lambda p: p[1] / p[0]["quality"]["kl_mean"], 1.0, times,
+        lambda p: f"{p[0]['peer']}, {p[0]['model']}",
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Tables of RESULTS.md and the README: each function turns one JSON record into markdown."""
 
-from benchmarks.report_goals import ours, percent, times
+from benchmarks.report_goals import at_bits, ours, percent, times
 
 NOT_YET = "Not measured yet.\n"
 NAMES = {
@@ -332,6 +332,22 @@ def strategies(record: dict | None) -> str:
     return table(["model", "format", "strategy", "bits per weight", "mean KL, nats", "KL p99",
                   "perplexity ratio", "same next token", "calibration tokens", "seconds"],
                  rows)  # fmt: skip
+
+
+def peer_weights(record: dict | None) -> str:
+    """The rivals' weights, and the default without data at as many bits."""
+    rows = []
+    for row in (record or {}).get("peers", []):
+        q, ours_kl = row["quality"], at_bits(record["rows"], row["model"], row["bits_per_weight"])
+        rows.append([
+            row["model"], row["peer"], f"{row['bits_per_weight']:.2f}",
+            f"{q['kl_mean']:.2e} ± {q['kl_mean_se']:.0e}", f"{q['perplexity_ratio']:.4f}",
+            percent(q["top1"]), f"{ours_kl:.2e}" if ours_kl else None,
+            times(ours_kl / q["kl_mean"]) if ours_kl else None,
+        ])  # fmt: skip
+    return table(["model", "", "bits per weight", "mean KL, nats", "perplexity ratio",
+                  "same next token", "gpu-poor at as many bits", "over the rival"],
+                 rows) if rows else NOT_YET  # fmt: skip
 
 
 def strategy_summary(record: dict | None) -> str:

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(args.models / name, *texts, n_tokens, windows)
         for variant, form, strategies in todo:
             row = {"model": name, "variant": variant, "format": form, "strategy": list(strategies)}
-            row |= bench.measure(variant, form, strategies)
+            row |= bench.measure(variant, form, strategies) | {"commit": machine.commit()[0]}
             record["rows"].append(row)
             print("{0} {1} {2} {3}: KL {kl_mean:.5f}, top-1 {top1:.2%}".format(
                 *row.values(), **row["quality"]), flush=True)  # fmt: skip

@@ -173,6 +173,11 @@ class Grouped:
         minimum = scale[..., 1].half() if self.asymmetric else None
         return ops.grouped_pack(q, scale[..., 0].half(), minimum, self.bits)
 
+    def rescale(self, scale: Tensor, factors: Tensor) -> Tensor:
+        """The stored scales once row n of the weight is multiplied by factor n, ``[N]``."""
+        per_row = F.pad(factors, (0, -len(factors) % 16), value=1.0).view(-1, 1, 1, 16)
+        return (scale.float() * per_row).half()
+
     def dequantize(self, weight: Tensor, scale: Tensor, shape, dtype: torch.dtype) -> Tensor:
         if len(shape) == 2:
             return ops.grouped_dequantize(weight, scale, self.group, *shape, dtype)

@@ -178,6 +178,19 @@ def test_mse_errs_less_than_absmax_and_hqq(form, seed):
     assert error["mse"] < error["absmax"] and error["mse"] < error["hqq"]
 
 
+@pytest.mark.parametrize("form", [f for f in INTEGERS if f.bits == 4], ids=lambda form: form.name)
+def test_mse_does_not_shrink_rows(form):
+    """<w, d> = <w, w>, but for the rounding of scales to halves."""
+    rows = heavy_tailed(40, 256) / 30
+    rows[3], rows[4] = 0, 1e-9  # nothing to be unshrunk; and too small for a half
+    y = rounded("mse", rows, form).double()
+    kept = (rows * y).sum(-1)[5:] / rows.double().square().sum(-1)[5:]
+    assert ((kept - 1).abs() < 5e-4).all()
+    plain = form.dequantize(*form.quantize(rows), rows.shape, torch.float32).double()
+    assert (plain[5:] * rows[5:]).sum() < (y[5:] * rows[5:]).sum()
+    assert y[:5].isfinite().all() and (y[3] == 0).all() and (y[4].abs() <= 1e-7).all()
+
+
 @pytest.mark.parametrize("p", [0.5, 0.7, 1.0])
 @pytest.mark.parametrize("form", INTEGERS, ids=lambda form: form.name)
 def test_hqq_errs_less_than_absmax_in_its_norm(form, p):
