@@ -57,7 +57,7 @@ def calibrate(
     """
     names = block_list(model)
     blocks = list(model.get_submodule(names))
-    done = Decided()
+    done = Decided(n_tokens=sum(row.numel() for row in rows))
     done.uncalibrated = [
         t.name for t in plan.targets if t.name.startswith(f"{names}.") and not t.is_linear
     ]
