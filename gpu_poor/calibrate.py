@@ -81,7 +81,7 @@ def calibrate(
         if work_folder is not None:
             job = fingerprint(model, plan, recipe, rows, activation)
             folder = WorkFolder(work_folder, job)
-            first = folder.load(plan, folds, done, streams)
+            first = done.resumed = folder.load(plan, folds, done, streams)
         with bar:
             bar.update(sum(w.n_weights for w in work[:first]))
             for i, block_work in enumerate(work[first:], start=first):

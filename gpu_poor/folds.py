@@ -66,6 +66,8 @@ class Decided:
     unsmoothed: str = ""
     #: Calibration tokens that the strategies have looked at.
     n_tokens: int = 0
+    #: Blocks that an earlier run has calibrated.
+    resumed: int = 0
 
     def apply_norms(self, model: nn.Module) -> None:
         """Fold the norms of a model, which has its weights by now, and the biases of sources."""
@@ -81,6 +83,8 @@ class Decided:
             lines[0] += f": {len(self.norms)} norms folded"
         if self.sources:
             lines[0] += f", {len(self.sources)} linears divided for the next"
+        if self.resumed:
+            lines.append(f"blocks calibrated by an earlier run, in work_folder: {self.resumed}")
         if self.unreached:
             lines.append(
                 f"no calibration text reached {len(self.unreached)} linears, e.g. "

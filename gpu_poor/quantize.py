@@ -84,7 +84,8 @@ def quantize(
             about 1000 the result may be worse than without, and there is a warning.
         tokenizer: for sample_inputs and evaluate_on; default: the one saved with the model.
         work_folder: calibration keeps its finished blocks there, and goes on after them if it was
-            killed and is started again with the same model, data and options.
+            killed and is started again with the same model, data and options; the receipt says so.
+            It also holds hidden states, 2 x tokens x hidden size numbers: delete it when done.
         evaluate_on: text to measure the quality on, for the receipt; no calibration text. The float
             model's answers are recorded first (gpu_poor.metrics.record).
         max_kl: refuse to return a model whose mean KL divergence is larger, in nats.
