@@ -114,10 +114,11 @@ def plan_memory(
     least = rest + kv_bytes + sum(min(stored.values()) for stored in sizes)
     if least > target_bytes:
         cache = f", {kv_bytes:,} of them for the KV cache" if kv_bytes else ""
+        share = math.ceil(1000 * least / original) / 10  # up: that much is possible
+        among = "" if formats is None else f", with {', '.join(form.name for form in forms)}"
         raise ValueError(
             f"memory_target={memory_target!r} is {target_bytes:,} bytes, but the smallest possible "
-            f"is {least:,} bytes ({least / MB:.2f} MB){cache}, with the formats "
-            f"{', '.join(form.name for form in forms)}"
+            f"is {least:,} bytes ({least / MB:.2f} MB, {share} % of the model){cache}{among}"
         )
     check_finite((name, p.detach()) for name, p in model.named_parameters())
     rows, basis = _texts(model, sample_inputs, tokenizer, n_tokens)
