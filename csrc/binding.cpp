@@ -62,15 +62,21 @@ int64_t product(const std::vector<int64_t> &sizes)
     return n;
 }
 
-/* int8 weight [..., K] and its float32 scales [...]. */
+/* int8 weight [..., K] and its float32 scales [...]; or, of [..., N, K], scales and offsets
+ * [..., 2, N]. */
 void check_weight(const char *op, const Tensor &weight, const Tensor &scale)
 {
     STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && weight.dim() >= 1, op,
                     ": weight must be int8 [..., K], got shape ", shape_of(weight));
-    bool fits = scale.scalar_type() == ScalarType::Float && scale.dim() == weight.dim() - 1;
-    for (int64_t i = 0; fits && i < scale.dim(); i++) fits = scale.size(i) == weight.size(i);
+    const int64_t rows = weight.dim() - 1;
+    const bool offsets = rows >= 1 && scale.dim() == rows + 1;
+    bool fits = scale.scalar_type() == ScalarType::Float && (offsets || scale.dim() == rows);
+    for (int64_t i = 0; fits && i < scale.dim(); i++) {
+        const int64_t last = offsets && i == rows;
+        fits = scale.size(i) == (offsets && i == rows - 1 ? 2 : weight.size(i - last));
+    }
     STD_TORCH_CHECK(fits, op, ": scale must be float32, one per row of the weight ",
-                    shape_of(weight), ", got shape ", shape_of(scale));
+                    shape_of(weight), ", or one and an offset, got shape ", shape_of(scale));
     STD_TORCH_CHECK(weight.is_cpu() && scale.is_cpu(), op, ": all tensors must be on one device");
 }
 
@@ -167,6 +173,25 @@ std::tuple<Tensor, Tensor> int8_quantize(const Tensor &weight)
     return {q, scale};
 }
 
+/* Rows index(i) of a weight, counted through its matrices, as floats. */
+template <class F>
+void int8_rows(const Tensor &weight, const Tensor &scale, int64_t n, gp_dtype type, void *y,
+               const F &index)
+{
+    const bool offsets = scale.dim() == weight.dim();
+    const int64_t K = weight.size(-1), size = gp_size(type), N = offsets ? scale.size(-1) : 1;
+    const int8_t *q = static_cast<const int8_t *>(weight.data_ptr());
+    const float *scales = static_cast<const float *>(scale.data_ptr());
+    char *out = static_cast<char *>(y);
+    parallel(n, 1, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            const int64_t row = index(i), at = offsets ? row / N * 2 * N + row % N : row;
+            gp.int8_dequantize_row(q + row * K, scales[at], offsets ? scales[at + N] : 0, K,
+                                   out + i * K * size, type);
+        }
+    });
+}
+
 Tensor int8_dequantize(const Tensor &weight, const Tensor &scale, ScalarType dtype)
 {
     check_weight("int8_dequantize", weight, scale);
@@ -176,14 +201,7 @@ Tensor int8_dequantize(const Tensor &weight, const Tensor &scale, ScalarType dty
     const int64_t K = w.size(-1), n = product(sizes);
     sizes.push_back(K);
     Tensor y = new_tensor(sizes, dtype);
-    const int8_t *q = static_cast<const int8_t *>(w.data_ptr());
-    const float *scales = static_cast<const float *>(s.data_ptr());
-    char *out = static_cast<char *>(y.data_ptr());
-    const int64_t size = gp_size(type);
-    parallel(n, 1, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++)
-            gp.int8_dequantize_row(q + i * K, scales[i], K, out + i * K * size, type);
-    });
+    int8_rows(w, s, n, type, y.data_ptr(), [](int64_t i) { return i; });
     return y;
 }
 
@@ -228,15 +246,7 @@ Tensor int8_embedding(const Tensor &indices, const Tensor &weight, const Tensor 
     for (int64_t i = 0; i < ids.dim(); i++) sizes.push_back(ids.size(i));
     sizes.push_back(K);
     Tensor y = new_tensor(sizes, dtype);
-    const int8_t *q = static_cast<const int8_t *>(w.data_ptr());
-    const float *scales = static_cast<const float *>(s.data_ptr());
-    char *out = static_cast<char *>(y.data_ptr());
-    const int64_t size = gp_size(type);
-    parallel(n, 1, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++)
-            gp.int8_dequantize_row(q + index(i) * K, scales[index(i)], K, out + i * K * size,
-                                   type);
-    });
+    int8_rows(w, s, n, type, y.data_ptr(), index);
     return y;
 }
 
@@ -382,12 +392,54 @@ const float *float_rows(const Tensor &x, gp_dtype type, int64_t M, int64_t K, in
 /* Bytes a thread moves or multiplies per weight row: what decides whether a second one pays. */
 double row_cost(int64_t K, int64_t rows) { return static_cast<double>(K) * (1 + rows / 4); }
 
-void float_linear(const Tensor &x, gp_dtype type, gp_float_linear a)
+/* What an offset for each weight row adds to an int8 linear: y[m][n] += u[m] * offset[n], u being the
+ * sum of the token's x. The linear itself leaves float32, in y or in scratch, for one rounding. */
+class Offsets {
+  public:
+    template <class A>
+    Offsets(const float *offset, A &a, Scratch &scratch)
+        : offset_(offset), y_(a.y), type_(a.y_type), M_(a.M), N_(a.N)
+    {
+        if (!offset_) return;
+        if (type_ != GP_F32) a.y = scratch.take<float>(M_ * N_);
+        a.y_type = GP_F32;
+        t_ = static_cast<const float *>(a.y);
+    }
+    static size_t bytes(const float *offset, int64_t count, gp_dtype type)
+    {
+        return offset && type != GP_F32 ? Scratch::bytes<float>(count) : 0;
+    }
+    template <class F>
+    void add(const F &u) const
+    {
+        if (!offset_) return;
+        char *y = static_cast<char *>(y_);
+        parallel(M_, 1, 8.0 * static_cast<double>(N_), [&](int64_t begin, int64_t end) {
+            for (int64_t m = begin; m < end; m++)
+                gp.add_offsets(t_ + m * N_, u(m), offset_, N_, y + m * N_ * gp_size(type_), type_);
+        });
+    }
+
+  private:
+    const float *offset_, *t_ = nullptr;
+    void *y_;
+    gp_dtype type_;
+    int64_t M_, N_;
+};
+
+void float_linear(const Tensor &x, gp_dtype type, gp_float_linear a, const float *offset)
 {
-    Scratch scratch(Scratch::bytes<float>(a.M * a.K_pad));
+    Scratch scratch(Scratch::bytes<float>(a.M * a.K_pad) +
+                    Offsets::bytes(offset, a.M * a.N, a.y_type));
     a.x = float_rows(x, type, a.M, a.K, a.K_pad, scratch);
+    const Offsets offsets(offset, a, scratch);
     parallel(a.N, 4, row_cost(a.K, 4 * a.M),
              [&](int64_t begin, int64_t end) { gp.float_linear(&a, begin, end); });
+    offsets.add([&](int64_t m) {
+        double sum = 0;
+        for (int64_t k = 0; k < a.K; k++) sum += a.x[m * a.K_pad + k];
+        return static_cast<float>(sum);
+    });
 }
 
 /* The integer planes of tokens, [M][planes][K_pad], then `after` for ranges of them, in multiples of
@@ -411,18 +463,20 @@ void quantize_tokens(const Tensor &x, gp_dtype type, int64_t M, int64_t K, int64
     });
 }
 
-void integer_linear(const Tensor &x, gp_dtype type, gp_int8_linear a)
+void integer_linear(const Tensor &x, gp_dtype type, gp_int8_linear a, const float *offset)
 {
     const int64_t rows = a.M * a.planes, blocks = (a.M + 15) / 16;
     const bool pack = gp.pack_min_rows && rows >= gp.pack_min_rows && a.N >= 16;
     const int64_t packed_bytes = pack ? blocks * 16 * a.planes * a.K_pad : 0;
     Scratch scratch(Scratch::bytes<int8_t>(rows * a.K_pad) + Scratch::bytes<float>(a.M) +
-                    Scratch::bytes<int32_t>(rows) + Scratch::bytes<int8_t>(packed_bytes));
+                    Scratch::bytes<int32_t>(rows) + Scratch::bytes<int8_t>(packed_bytes) +
+                    Offsets::bytes(offset, a.M * a.N, a.y_type));
     int8_t *q = scratch.take<int8_t>(rows * a.K_pad);
     float *scale = scratch.take<float>(a.M);
     int32_t *sum = scratch.take<int32_t>(rows);
     int8_t *packed = scratch.take<int8_t>(packed_bytes);
     a.x = q, a.x_scale = scale, a.x_sum = sum, a.x_packed = pack ? packed : nullptr;
+    const Offsets offsets(offset, a, scratch);
     quantize_tokens(x, type, a.M, a.K, a.K_pad, a.planes, q, scale, sum,
                     [&](int64_t begin, int64_t end) {
                         if (pack)
@@ -431,6 +485,11 @@ void integer_linear(const Tensor &x, gp_dtype type, gp_int8_linear a)
                     });
     parallel(a.N, 32, row_cost(a.K, rows),
              [&](int64_t begin, int64_t end) { gp.int8_linear(&a, begin, end); });
+    offsets.add([&](int64_t m) { /* as the products: each plane a float, 254 h + l */
+        const float high = static_cast<float>(sum[m * a.planes]);
+        if (a.planes == 1) return high * scale[m];
+        return (254.0f * high + static_cast<float>(sum[m * a.planes + 1])) * scale[m];
+    });
 }
 
 /* The bias [N] of a linear as float32. */
@@ -485,13 +544,16 @@ Tensor int8_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale
     const int64_t K_pad = round_up(K, GP_K_ALIGN);
     const int8_t *q = static_cast<const int8_t *>(w.data_ptr());
     const float *w_scale = static_cast<const float *>(s.data_ptr());
+    const float *offset = s.dim() == 2 ? w_scale + N : nullptr;
     if (activation_bits == 32)
         float_linear(x, type,
-                     {M, N, K, K_pad, nullptr, q, GP_I8, w_scale, b.data, y.data_ptr(), type});
+                     {M, N, K, K_pad, nullptr, q, GP_I8, w_scale, b.data, y.data_ptr(), type},
+                     offset);
     else
         integer_linear(x, type,
                        {M, N, K, K_pad, activation_bits == 8 ? 1 : 2, nullptr, nullptr, nullptr,
-                        nullptr, q, w_scale, b.data, y.data_ptr(), type});
+                        nullptr, q, w_scale, b.data, y.data_ptr(), type},
+                       offset);
     return y;
 }
 
@@ -515,7 +577,8 @@ Tensor half_linear(const Tensor &x_in, const Tensor &weight, const std::optional
     const Bias b(op, bias, N);
     if (M == 0 || N == 0) return y;
     float_linear(x, type, {M, N, K, round_up(K, GP_K_ALIGN), nullptr, w.data_ptr(), w_type, nullptr,
-                           b.data, y.data_ptr(), type});
+                           b.data, y.data_ptr(), type},
+                 nullptr);
     return y;
 }
 

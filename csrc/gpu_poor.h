@@ -175,9 +175,13 @@ typedef struct {
      * of k][16 rows][4 k]; rows at and beyond M are zero. */                                     \
     X(int8_pack, void, (const gp_int8_linear *a, int64_t b, int8_t *packed))                      \
     X(float_linear, void, (const gp_float_linear *a, int64_t n0, int64_t n1))                     \
-    /* y[k] = q[k] * scale, rounded to type. */                                                   \
+    /* y[k] = fma(q[k], scale, offset), rounded to type. */                                       \
     X(int8_dequantize_row, void,                                                                  \
-      (const int8_t *q, float scale, int64_t K, void *y, gp_dtype type))                          \
+      (const int8_t *q, float scale, float offset, int64_t K, void *y, gp_dtype type))            \
+    /* y[n] = t[n] + u * offset[n], two roundings and that to type: what offsets of the N weight   \
+     * rows add to a token's t, if u is the sum of its x. y may be t. */                           \
+    X(add_offsets, void,                                                                          \
+      (const float *t, float u, const float *offset, int64_t N, void *y, gp_dtype type))          \
     /* y[k] = x[k] as float32. */                                                                 \
     X(to_float_row, void, (const void *x, gp_dtype type, int64_t K, float *y))                    \
     /* sum[g] = sum of 254 h + l (2 planes, K_pad apart), or of the plane, over each group of K. */   \

@@ -130,10 +130,16 @@ static void float_linear_ref(const gp_float_linear *a, int64_t n0, int64_t n1)
     }
 }
 
-static void int8_dequantize_row_ref(const int8_t *q, float scale, int64_t K, void *y,
+static void int8_dequantize_row_ref(const int8_t *q, float scale, float offset, int64_t K, void *y,
                                     gp_dtype type)
 {
-    for (int64_t k = 0; k < K; k++) gp_store(y, type, k, (float)q[k] * scale);
+    for (int64_t k = 0; k < K; k++) gp_store(y, type, k, fmaf((float)q[k], scale, offset));
+}
+
+static void add_offsets_ref(const float *t, float u, const float *offset, int64_t N, void *y,
+                            gp_dtype type)
+{
+    for (int64_t n = 0; n < N; n++) gp_store(y, type, n, t[n] + u * offset[n]);
 }
 
 static void to_float_row_ref(const void *x, gp_dtype type, int64_t K, float *y)
@@ -149,5 +155,6 @@ const gp_impl gp_impl_int8_ref = {
     .int8_pack = int8_pack_ref,
     .float_linear = float_linear_ref,
     .int8_dequantize_row = int8_dequantize_row_ref,
+    .add_offsets = add_offsets_ref,
     .to_float_row = to_float_row_ref,
 };

@@ -177,20 +177,34 @@ def _split(model: nn.Module) -> tuple[dict, dict]:
 
 def _problem(module: QuantizedModule) -> str | None:
     """Why the weight of a module has no exact form there, or None."""
-    form = module.format
+    form, k = module.format, module.shapes["weight"][1]
     if not getattr(form, "asymmetric", False):
-        return _misfit(form, module.shapes["weight"][1])
-    scale, minimum = _groups(module.weight_scale, module.shapes["weight"][0])
+        return _misfit(form, k)
+    _, scale, minimum = _grid(_stored(module))
     zero = _zero(scale, minimum)
     if bool(((zero * scale == -minimum) & (zero >= 0) & (zero < 1 << form.bits)).all()):
-        return _misfit(form, module.shapes["weight"][1], asymmetric=True)
+        return _misfit(form, k, asymmetric=True)
     return f"{form.name} has minima that are no whole multiples of the scales"
 
 
-def _groups(scale: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
-    """Scales and minima ``[N, groups]`` of a stored scale ``[P, groups, 1 or 2, 16]``."""
-    parts = scale.permute(2, 0, 3, 1).flatten(1, 2)[:, :n]
-    return parts[0], parts[1] if len(parts) == 2 else None
+def _stored(module: QuantizedModule) -> Stored:
+    weights = module.weight.detach(), module.scale("weight_scale")
+    return Stored(*weights, module.format, module.shapes["weight"])
+
+
+def _grid(stored: Stored) -> tuple[Tensor, Tensor, Tensor | None]:
+    """uint8 q ``[N, K]``, scales and minima ``[N, groups]``: ``w = scale * q + minimum``.
+
+    No minima: ``w = scale * (q - 2^(bits - 1))``.
+    """
+    if isinstance(stored.form, formats.Int8):
+        q, scale = stored.weight.view(torch.uint8) ^ 128, stored.scale
+        if not stored.form.asymmetric:
+            return q, scale[:, None], None
+        return q, scale[0][:, None], (scale[1] - 128 * scale[0])[:, None]
+    parts = stored.scale.permute(2, 0, 3, 1).flatten(1, 2)[:, : stored.shape[0]]
+    q = ops.grouped_unpack(stored.weight, *stored.shape)
+    return q, parts[0], parts[1] if len(parts) == 2 else None
 
 
 def _zero(scale: Tensor, minimum: Tensor) -> Tensor:
@@ -201,11 +215,11 @@ def _zero(scale: Tensor, minimum: Tensor) -> Tensor:
 
 def _misfit(form: Format, k: int, asymmetric: bool = False) -> str | None:
     """Why rows of k columns in a format cannot be expressed, or None."""
-    if form is formats.INT8:
+    if isinstance(form, formats.Int8) and form.asymmetric == asymmetric:
         return None
     group = getattr(form, "group", None)
     if group is None or form.asymmetric != asymmetric:
-        return f"{form.name} is neither int8 nor symmetric groups"
+        return f"{form.name} is neither int8 nor groups without minima"
     if k > group and k % group:
         return f"{form.name}: the last one of the groups of {k} columns is short"
     return None
@@ -214,7 +228,7 @@ def _misfit(form: Format, k: int, asymmetric: bool = False) -> str | None:
 def _scheme(form: Format, k: int) -> dict:
     weights = {"num_bits": form.bits, "type": "int", "dynamic": False}
     weights["symmetric"] = not getattr(form, "asymmetric", False)
-    if form is formats.INT8 or k <= form.group:
+    if isinstance(form, formats.Int8) or k <= form.group:
         weights["strategy"] = "channel"
     else:
         weights |= {"strategy": "group", "group_size": form.group}
@@ -248,19 +262,13 @@ def _weight(
         yield f"{name}.weight", module.dequantize(torch.float32)
         return
     module = packed[name]
-    shape = module.shapes["weight"]
-    stored = Stored(module.weight.detach(), module.weight_scale, module.format, shape)
+    stored = _stored(module)
     if _problem(module) is not None:
         stored = quantize_rows(module.dequantize(torch.float32), requantize)
-    minimum = None
-    if stored.form is formats.INT8:
-        q, scale = stored.weight.view(torch.uint8) ^ 128, stored.scale[:, None]
-    else:
-        q = ops.grouped_unpack(stored.weight, *shape)
-        scale, minimum = _groups(stored.scale, shape[0])
+    q, scale, minimum = _grid(stored)
     yield f"{name}.weight_packed", _words(q, stored.form.bits)
     yield f"{name}.weight_scale", scale
-    yield f"{name}.weight_shape", torch.tensor(shape)
+    yield f"{name}.weight_shape", torch.tensor(stored.shape)
     if minimum is not None:
         zero = _zero(scale, minimum).to(torch.uint8).t()
         yield f"{name}.weight_zero_point", _words(zero, stored.form.bits).t()
@@ -271,7 +279,7 @@ def _words(q: Tensor, bits: int) -> Tensor:
     q = nn.functional.pad(q, (0, -q.shape[1] % (32 // bits)))
     if bits == 4:
         q = q[:, 0::2] | q[:, 1::2] << 4
-    return q.contiguous().view(torch.int32)
+    return q.reshape(-1).view(torch.int32).view(len(q), -1)
 
 
 #: What can be written, by name: a function that gives the settings and the tensors.

@@ -25,7 +25,8 @@ class Format(Protocol):
     name: str
     #: Of a weight, without what belongs to its groups.
     bits: int
-    #: Whether a scale may be negative: the grid of 16 values has one more on one side.
+    #: Whether what is stored as the scale may be negative: grids have one value more on one side,
+    #: and minima are stored there too.
     signed: bool
     #: The integers of a weight; None where it is stored as floats, which leave nothing to choose.
     levels: tuple[int, int] | None
@@ -99,23 +100,32 @@ def stored_bytes(form: Format, *shape: int) -> int:
 
 @dataclass(frozen=True)
 class Int8:
-    """int8 ``[..., N, K]`` with a float32 scale for each row."""
+    """int8 ``[..., N, K]`` with a float32 scale for each row; asymmetric: and an offset."""
 
     name: str = "int8"
-    bits: int = 8
-    signed: bool = False
-    levels: tuple[int, int] = (-127, 127)
-    group: None = None
     asymmetric: bool = False
+    bits: int = 8
+    group: None = None
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        return (-128, 127) if self.asymmetric else (-127, 127)
+
+    @property
+    def signed(self) -> bool:
+        return self.asymmetric  # its offsets
 
     def storage(self, *shape: int) -> tuple[Storage, Storage]:
-        return (tuple(shape), torch.int8), (tuple(shape[:-1]), torch.float32)
+        *leading, n, _ = shape
+        scale = (*leading, 2, n) if self.asymmetric else (*leading, n)
+        return (tuple(shape), torch.int8), (scale, torch.float32)
 
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.int8_quantize(rows)
+        return ops.int8_quantize(rows, self.asymmetric)
 
     def encode(self, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return levels.to(torch.int8).contiguous(), scale[:, 0, 0].contiguous()
+        scale = scale[:, 0].t() if self.asymmetric else scale[:, 0, 0]
+        return levels.to(torch.int8).contiguous(), scale.contiguous()
 
     def dequantize(self, weight: Tensor, scale: Tensor, shape, dtype: torch.dtype) -> Tensor:
         return ops.int8_dequantize(weight, scale, dtype)
@@ -210,6 +220,7 @@ class Half:
 
 
 INT8 = register(Int8())
+register(Int8("int8_asym", asymmetric=True))
 for _bits, _group in product((4, 8), (32, 64, 128)):
     register(Grouped(f"int{_bits}_g{_group}", _bits, _group, asymmetric=False))
     register(Grouped(f"int{_bits}_g{_group}_asym", _bits, _group, asymmetric=True))

@@ -143,16 +143,17 @@ def swap_skeleton(model: nn.Module, targets: list[Target], config, stored_dtypes
 
 
 def keep_stored_dtypes(model: nn.Module) -> None:
-    """Exempt quantized weights from what a model wants in float32, such as T5's ``wo``.
+    """Exempt weights and scales from what a model wants in float32, such as T5's ``wo``.
 
     Early transformers casts by that list of name parts, whatever is in the file; later does not.
     """
     plan = getattr(model, "dtype_plan", None) or {}
     dtypes = {
-        f"{name}.{weight}$": getattr(module, weight).dtype  # taken as a regular expression
+        f"{name}.{key}$": dtype  # taken as a regular expression
         for name, module in model.named_modules()
         if isinstance(module, QuantizedModule)
-        for weight in module.weight_names
+        for weight, form in module.formats.items()
+        for key, (_, dtype) in formats.tensors(form, weight, module.shapes[weight]).items()
     }
     if found := {name: dtypes[name] for name in dtypes if any(part in name for part in plan)}:
         model.dtype_plan = found | plan  # the first that matches

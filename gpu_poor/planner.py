@@ -78,6 +78,7 @@ def plan_memory(
     critical_layers: Patterns = None,
     n_tokens: int = N_TOKENS,
     round_trip: RoundTrip = nearest,
+    progress: bool | None = None,
 ) -> MemoryPlan:
     """The formats of all modules that cost least within a target. The model is left as it was.
 
@@ -94,6 +95,7 @@ def plan_memory(
         include, exclude, critical_layers: as for :func:`gpu_poor.quantize`.
         n_tokens: look at no more of sample_inputs.
         round_trip: how weights will be rounded, if not to nearest.
+        progress: show a bar while text is looked at; None shows it on a terminal.
 
     Raises:
         ValueError: a malformed target, or one that is smaller than anything possible, which the
@@ -119,7 +121,7 @@ def plan_memory(
         )
     check_finite((name, p.detach()) for name, p in model.named_parameters())
     rows, basis = _texts(model, sample_inputs, tokenizer, n_tokens)
-    information = fisher(model, every, rows) if rows else None
+    information = fisher(model, every, rows, progress) if rows else None
     options = [
         _options(unit, stored, information, round_trip)
         for unit, stored in zip(every, sizes, strict=True)

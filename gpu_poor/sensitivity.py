@@ -15,6 +15,7 @@ all that is kept of it. How well that does: docs/planning.md.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,15 +25,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from gpu_poor import memory
 from gpu_poor.formats import Format
 from gpu_poor.metrics_input import n_positions
 from gpu_poor.plan import Plan, Target, first_block
+from gpu_poor.quantize import PROGRESS_DELAY_S
 from gpu_poor.samples import vocabulary
 
-#: Elements of a weight that are rounded at once: 16 MB of float32.
-CHUNK = 4 * 2**20
+#: Elements of a matrix that are rounded to see what a format costs; of a larger one a sample.
+TRIED = 2**20
 #: Of the labels, and of a text that a model writes itself.
 SEED = 0
 
@@ -101,25 +104,26 @@ class Fisher:
         self.rows = torch.zeros(shape[:-1], dtype=torch.float64, device=device)
         self.columns = torch.zeros((*shape[:-2], shape[-1]), dtype=torch.float64, device=device)
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.rows, self.columns
+
     def add(self, gradient: Tensor) -> None:
         """Add the gradient ``[..., N, K]`` of one text."""
-        for total, dim in ((self.rows, -1), (self.columns, -2)):
+        for total, dim in zip(self.factors, (-1, -2), strict=True):
             total += torch.linalg.vector_norm(gradient, dim=dim, dtype=torch.float32).square()
-
-    def loss(self, error: Tensor, matrix: tuple[int, ...], start: int) -> float:
-        """``1/2 sum dW^2 R C / S`` over the rows ``[n, K]`` from ``start`` of one matrix."""
-        rows, columns = self.rows[matrix][start : start + len(error)], self.columns[matrix]
-        share = (columns / columns.sum().clamp_min(1e-300)).float()
-        return 0.5 * float(rows @ (error.square() @ share).double())
 
 
 @torch.inference_mode(False)  # whatever mode the caller is in
-def fisher(model: nn.Module, every: list[Unit], rows: list[Tensor]) -> dict[tuple, Fisher]:
+def fisher(
+    model: nn.Module, every: list[Unit], rows: list[Tensor], progress: bool | None = None
+) -> dict[tuple, Fisher]:
     """The Fisher information per token of all weights, by their memory.
 
     Args:
         model: a causal language model; in the end it is as it was.
         rows: int64 ``[1, T]`` each, from :func:`gpu_poor.samples.token_rows`.
+        progress: show a bar; None: on a terminal.
 
     Raises:
         ValueError: logits or gradients are not finite; the message says where.
@@ -127,8 +131,10 @@ def fisher(model: nn.Module, every: list[Unit], rows: list[Tensor]) -> dict[tupl
     weights = {key: weight for unit in every for key, weight in unit.weights.items()}
     found = {key: Fisher(tuple(w.rows.shape), w.rows.device) for key, w in weights.items()}
     generator = torch.Generator().manual_seed(SEED)
-    with _differentiating(model, every, found):
-        for i, ids in enumerate(rows):
+    show = sys.stderr.isatty() if progress is None else progress
+    bar = tqdm(rows, "looking at text", unit="sequence", delay=PROGRESS_DELAY_S, disable=not show)
+    with bar, _differentiating(model, every, found):
+        for i, ids in enumerate(bar):
             ids = ids.clone()  # what was made in inference mode has no gradient
             log_p = log_probabilities(model, ids, f"sequence {i} of sample_inputs")
             labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
@@ -316,16 +322,34 @@ def losses(
     """
     total = [0.0] * len(forms)
     for key, weight in unit.weights.items():
-        *leading, _, k = weight.rows.shape
-        step = max(16, CHUNK // k // 16 * 16)  # int4 stores panels of 16 rows
         size = float(torch.linalg.vector_norm(weight.rows, dtype=torch.float32)) ** 2
-        for matrix in itertools.product(*map(range, leading)):
-            for start, chunk in zip(itertools.count(0, step), weight.rows[matrix].split(step)):
-                chunk = chunk.contiguous()
-                for i, form in enumerate(forms):
-                    error = round_trip(chunk, form) - chunk.float()
-                    if information is None:
-                        total[i] += float(error.square().sum()) / max(size, 1e-300)
-                    else:
-                        total[i] += information[key].loss(error, matrix, start)
+        for matrix in itertools.product(*map(range, weight.rows.shape[:-2])):
+            rows = weight.rows[matrix]
+            if information is None:
+                of_rows = torch.full(rows.shape[:1], 2 / max(size, 1e-300), dtype=torch.float64)
+                share = torch.ones(rows.shape[1])
+            else:
+                of_rows, columns = (x[matrix] for x in information[key].factors)
+                share = (columns / columns.sum().clamp_min(1e-300)).float()
+            rows, of_rows = _tried(rows, of_rows.to(rows.device))
+            for i, form in enumerate(forms):
+                error = round_trip(rows, form) - rows.float()
+                total[i] += 0.5 * float(of_rows @ (error.square() @ share.to(rows.device)).double())
     return total
+
+
+def _tried(rows: Tensor, of_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows ``[N, K]`` to round and what an error of each counts: all, or an unbiased sample.
+
+    Rows are sampled at even steps of what they count. The one with the largest element comes along
+    and counts nothing, but what is not finite there is in no sample either.
+    """
+    n = max(1, TRIED // rows.shape[1])
+    if len(rows) <= n:
+        return rows.contiguous(), of_rows
+    up_to = of_rows.cumsum(0)
+    steps = (torch.arange(n, dtype=up_to.dtype, device=up_to.device) + 0.5) / n
+    picked = torch.searchsorted(up_to, steps * up_to[-1]).clamp_max(len(rows) - 1)
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1).argmax()
+    counts = torch.cat([(up_to[-1] / n).expand(n), up_to.new_zeros(1)])
+    return rows[torch.cat([picked, largest[None]])].contiguous(), counts

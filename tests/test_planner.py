@@ -97,15 +97,19 @@ def losses_of(model, tokenizer) -> dict[str, dict[str, float]]:
     }
 
 
-def test_a_plan_beats_the_default_of_four_bits_at_its_size(stories):
+@pytest.mark.parametrize("blocks", [(0, 1), (3, 4)], ids=["first", "last"])
+def test_a_plan_beats_a_rule_of_the_same_size(stories, blocks):
+    """The rule: 8 bits for two blocks, 4 for the others."""
     model, tokenizer = stories
     reference = metrics.record(model, assets.valid_text()[:12000], tokenizer, n_tokens=2048)
-    default = gpu_poor.quantize(copy.deepcopy(model), bits=4, verbose=False)
-    n_bytes = memory.parameter_bytes(default)
+    overrides = {f"model.layers.{i}": 8 for i in blocks}
+    rule = gpu_poor.quantize(copy.deepcopy(model), bits=4, overrides=overrides, verbose=False)
     for samples in (TEXT, None):
-        plan = plan_of(model, n_bytes, sample_inputs=samples, tokenizer=tokenizer)
+        plan = plan_of(
+            model, memory.parameter_bytes(rule), sample_inputs=samples, tokenizer=tokenizer
+        )
         found = metrics.evaluate(carried_out(model, plan), reference).kl_mean
-        assert found < metrics.evaluate(default, reference).kl_mean
+        assert found < 0.8 * metrics.evaluate(rule, reference).kl_mean
 
 
 # -- bytes, and what stays in float -------------------------------------------------------------

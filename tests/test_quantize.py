@@ -515,7 +515,7 @@ def test_fp16_refuses_what_it_cannot_reach():
         ({"*.input_layernorm": 4}, "what '.*input_layernorm' matches is not quantized"),
         (
             {"lm_head": 3},
-            "'lm_head' asks for 3; known are bits 4, 8 or 16, 32 and the formats int8, int4",
+            "'lm_head' asks for 3; known are bits 4, 8 or 16, 32 and the formats int8, int8_asym",
         ),
         ({"lm_head": True}, "asks for True"),
         ({"lm_head": 4.0}, "asks for 4.0"),

@@ -52,8 +52,7 @@ def test_fisher_is_the_squared_gradients_of_autograd(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])  # transposed, and experts
-def test_losses_are_the_formula(name, monkeypatch):
-    monkeypatch.setattr(sensitivity, "CHUNK", 3000)  # rows in several parts
+def test_losses_are_the_formula(name):
     model = make_model(name)
     units = sensitivity.units(make_plan(model))
     information = sensitivity.fisher(model, units, rows_of())
@@ -75,6 +74,28 @@ def test_losses_are_the_formula(name, monkeypatch):
                     relative[i] += square.sum() / float(weight.rows.double().square().sum())
         np.testing.assert_allclose(sensitivity.losses(unit, FORMS, information), expected, 1e-4)
         np.testing.assert_allclose(sensitivity.losses(unit, FORMS), relative, 1e-4)
+
+
+def test_a_sample_of_rows_is_like_all_of_them(monkeypatch):
+    """Rows that count very differently and err very differently, as those of an embedding do."""
+    model = nn.Sequential(nn.Linear(64, 4000, bias=False))
+    weight = model[0].weight.data
+    weight *= torch.logspace(-1, 1, 4000)[torch.randperm(4000)][:, None]
+    (unit,) = sensitivity.units(make_plan(model))
+    ((key, _),) = unit.weights.items()
+    information = {key: sensitivity.Fisher((4000, 64), weight.device)}
+    information[key].rows += torch.logspace(0, -6, 4000)
+    information[key].columns += torch.rand(64)
+    for known in (information, None):
+        exact = sensitivity.losses(unit, FORMS, known)
+        with monkeypatch.context() as patch:
+            patch.setattr(sensitivity, "TRIED", 64 * 400)
+            seen: list = []
+            sensitivity.losses(unit, FORMS[:1], known, lambda r, f, seen=seen: seen.append(r) or r)
+            assert seen[0].shape == (401, 64)
+            assert float(seen[0].abs().max()) == float(weight.abs().max())
+            sampled = sensitivity.losses(unit, FORMS, known)
+        np.testing.assert_allclose(sampled, exact, rtol=0.15)
 
 
 def test_another_rounding_is_asked_for_every_row():

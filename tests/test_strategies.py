@@ -170,6 +170,8 @@ def test_absmax_errs_by_half_a_step(form):
 @pytest.mark.parametrize("form", INTEGERS, ids=lambda form: form.name)
 @pytest.mark.parametrize("seed", range(3))
 def test_mse_errs_less_than_absmax_and_hqq(form, seed):
+    if form.name == "int8_asym":
+        pytest.skip("takes the range of a row: no search")
     rows = heavy_tailed(32, 256, seed=seed)
     error = {name: float((rounded(name, rows, form) - rows).square().sum())
              for name in ("absmax", "mse", "hqq")}  # fmt: skip

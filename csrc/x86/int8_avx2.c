@@ -306,25 +306,25 @@ INLINE void float_tile(const int8_t *const w[4], gp_dtype type, const float *x, 
 
 TILE_FLOAT_LINEAR(float_linear_avx2, TARGET, 2)
 
-INLINE void dequantize_row(const int8_t *q, float scale, int64_t K, void *y, gp_dtype type)
+INLINE void dequantize_row(const int8_t *q, float scale, float offset, int64_t K, void *y,
+                           gp_dtype type)
 {
+    const __m256 scales = _mm256_set1_ps(scale), offsets = _mm256_set1_ps(offset);
     int64_t k = 0;
-    for (; k + 8 <= K; k += 8) {
-        __m256i v = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(q + k)));
-        store8(y, type, k, _mm256_mul_ps(_mm256_cvtepi32_ps(v), _mm256_set1_ps(scale)));
-    }
-    for (; k < K; k++) gp_store(y, type, k, (float)q[k] * scale);
+    for (; k + 8 <= K; k += 8)
+        store8(y, type, k, _mm256_fmadd_ps(load8(q, GP_I8, k), scales, offsets));
+    for (; k < K; k++) gp_store(y, type, k, fmaf((float)q[k], scale, offset));
 }
 
-TARGET static void int8_dequantize_row_avx2(const int8_t *q, float scale, int64_t K, void *y,
-                                            gp_dtype type)
+TARGET static void int8_dequantize_row_avx2(const int8_t *q, float scale, float offset, int64_t K,
+                                            void *y, gp_dtype type)
 {
     if (type == GP_F32)
-        dequantize_row(q, scale, K, y, GP_F32);
+        dequantize_row(q, scale, offset, K, y, GP_F32);
     else if (type == GP_BF16)
-        dequantize_row(q, scale, K, y, GP_BF16);
+        dequantize_row(q, scale, offset, K, y, GP_BF16);
     else
-        dequantize_row(q, scale, K, y, GP_F16);
+        dequantize_row(q, scale, offset, K, y, GP_F16);
 }
 
 TARGET static void to_float_row_avx2(const void *x, gp_dtype type, int64_t K, float *y)

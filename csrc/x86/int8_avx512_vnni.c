@@ -227,24 +227,25 @@ INLINE void float_tile(const int8_t *const w[4], gp_dtype type, const float *x, 
 
 TILE_FLOAT_LINEAR(float_linear_avx512, TARGET, 6)
 
-INLINE void dequantize_row(const int8_t *q, float scale, int64_t K, void *y, gp_dtype type)
+INLINE void dequantize_row(const int8_t *q, float scale, float offset, int64_t K, void *y,
+                           gp_dtype type)
 {
+    const __m512 scales = _mm512_set1_ps(scale), offsets = _mm512_set1_ps(offset);
     for (int64_t k = 0; k < K; k += 16) {
         __mmask16 mask = tail_mask(K - k);
-        __m512i v = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, q + k));
-        store16(y, type, k, mask, _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(scale)));
+        store16(y, type, k, mask, _mm512_fmadd_ps(load16(q, GP_I8, k, mask), scales, offsets));
     }
 }
 
-TARGET static void int8_dequantize_row_avx512(const int8_t *q, float scale, int64_t K, void *y,
-                                              gp_dtype type)
+TARGET static void int8_dequantize_row_avx512(const int8_t *q, float scale, float offset, int64_t K,
+                                              void *y, gp_dtype type)
 {
     if (type == GP_F32)
-        dequantize_row(q, scale, K, y, GP_F32);
+        dequantize_row(q, scale, offset, K, y, GP_F32);
     else if (type == GP_BF16)
-        dequantize_row(q, scale, K, y, GP_BF16);
+        dequantize_row(q, scale, offset, K, y, GP_BF16);
     else
-        dequantize_row(q, scale, K, y, GP_F16);
+        dequantize_row(q, scale, offset, K, y, GP_F16);
 }
 
 TARGET static void to_float_row_avx512(const void *x, gp_dtype type, int64_t K, float *y)

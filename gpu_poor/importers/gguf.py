@@ -6,6 +6,7 @@ projections of its "llama" architecture for its rotary embedding; they are put b
 order, which is exact for rows of any format.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -77,9 +78,6 @@ def _llama(source: "Gguf") -> dict:
     for key in ("rope.dimension_count", "attention.value_length"):
         if source.number(key, head_dim) != head_dim:
             raise source.error(f"{key} {source.number(key)} is not the size of a head, {head_dim}")
-    scaling = source.metadata.get(f"{source.architecture}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in source.file.tensors:
-        raise source.error(f"scaled rotary frequencies ({scaling}) are not supported")
     return {
         "hidden_size": hidden,
         "intermediate_size": source.number("feed_forward_length"),
@@ -89,13 +87,45 @@ def _llama(source: "Gguf") -> dict:
         "head_dim": head_dim,
         "max_position_embeddings": source.number("context_length"),
         "rms_norm_eps": source.decimal("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": source.decimal("rope.freq_base", 10000.0),
-        },
+        "rope_parameters": _rope(source, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in source.file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in source.file.tensors,
     }
+
+
+#: Of Llama 3.1 and later; the factor differs, and a file has only what comes of it.
+LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _rope(source: "Gguf", head_dim: int) -> dict:
+    """transformers' rope_parameters.
+
+    Raises:
+        ValueError: the frequencies are scaled in another way than Llama 3's.
+    """
+    base = source.decimal("rope.freq_base", 10000.0)
+    scaling = source.metadata.get(f"{source.architecture}.rope.scaling.type", "none")
+    if scaling != "none":
+        raise source.error(f"rotary frequencies scaled by {scaling!r} are not supported")
+    name = "rope_freqs.weight"
+    if name not in source.file.tensors:
+        return {"rope_type": "default", "rope_theta": base}
+    found = source.file.tensors[name]
+    if found.shape != (head_dim // 2,) or found.type.name != "F32":
+        raise source.error(f"{name} is {found.type.name} {list(found.shape)}")
+    source.taken.add(name)
+    divisors = source.file.blocks(name).view(torch.float32).view(-1)
+    factor = float(divisors.max())
+    wavelength = 2 * math.pi * base ** (torch.arange(0, head_dim, 2) / head_dim)
+    low, high, context = LLAMA3.values()
+    smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)
+    if not torch.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
+        raise source.error(f"{name}: frequencies that are scaled, but not as Llama 3's")
+    return {"rope_type": "llama3", "rope_theta": base, "factor": factor} | LLAMA3
 
 
 def _gpt2(source: "Gguf") -> dict:
@@ -137,8 +167,8 @@ class Gguf(Source):
         last = f"blk.{self.number('block_count') - 1}.attn_norm.weight"
         if last not in self.file.tensors:
             raise self.error(f"{last} is missing")
-        self.config = self._config()
         self.taken: set[str] = set()
+        self.config = self._config()
 
     def _config(self):
         from transformers import AutoConfig

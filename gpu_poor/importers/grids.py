@@ -84,6 +84,8 @@ def form_of(grid: Grid) -> Format | None:
         if bits == 4 and grid.zero == middle or bits == 8 and _fits(grid):
             by_row = bits == 8 and whole_row
             return formats.INT8 if by_row else group and formats.find(f"int{bits}_g{group}")
+    if bits == 8 and whole_row:
+        return formats.find("int8_asym")
     return group and formats.find(f"int{bits}_g{group}_asym")
 
 
@@ -97,6 +99,11 @@ def take(grid: Grid, form: Format) -> Stored:
     if form is formats.INT8:
         weight = (grid.q.short() - grid.zero).to(torch.int8)
         return Stored(weight, grid.scale[:, 0].float().contiguous(), form, grid.shape)
+    if isinstance(form, formats.Int8):  # scale and offset of rows, in float32
+        scale, offset = grid.scale.float(), 128 - grid.zero
+        offset = scale * offset if grid.minimum is None else scale * 128 + grid.minimum
+        rows = torch.stack((scale[:, 0], offset[:, 0]))
+        return Stored((grid.q ^ 128).view(torch.int8), rows, form, grid.shape)
     # A scale for each of our groups: theirs are as long, or multiples.
     groups = -(-grid.shape[1] // form.group)
     times = groups if grid.group >= grid.shape[1] else grid.group // form.group
@@ -140,11 +147,7 @@ def store(name: str, source: str, weight: Grid | Tensor, form: Format | None) ->
         ours = take(part, form) if taken else quantize_rows(values.contiguous(), form)
         if not (bool(torch.isfinite(values).all()) and ours.is_finite()):
             raise ValueError(f"{name} is not finite: it holds a NaN, an infinity or a huge value")
-        for whole, piece in zip(stored[:2], ours[:2], strict=True):
-            if whole is None:  # the format has no scale
-                continue
-            start = rows.start if len(whole) == n else rows.start // ROWS
-            whole[start : start + len(piece)] = piece
+        _put(stored, ours, rows.start)
         difference = form.dequantize(ours.weight, ours.scale, ours.shape, torch.float32)
         difference -= values
         equal = equal and not bool(difference.any())
@@ -154,6 +157,16 @@ def store(name: str, source: str, weight: Grid | Tensor, form: Format | None) ->
     how = "exact" if equal else "rounded" if taken else "re-quantized"
     relative = (square / total) ** 0.5 if total else 0.0
     return stored, Imported(name, source, form.name, how, largest, relative)
+
+
+def _put(stored: Stored, part: Stored, start: int) -> None:
+    """Copy some rows to their place: from row ``start`` on, or from its panel."""
+    n = stored.shape[0]
+    at = start if len(stored.weight) == n else start // ROWS
+    stored.weight[at : at + len(part.weight)] = part.weight
+    if stored.scale is not None:  # int8 has its rows in the last dimension, panels are the first
+        dim = -1 if isinstance(stored.form, formats.Int8) else 0
+        stored.scale.narrow(dim, at, part.scale.shape[dim]).copy_(part.scale)
 
 
 def _chunks(n: int, k: int) -> Iterator[slice]:

@@ -26,7 +26,7 @@ def assemble(
     rest: str | None = None,
 ) -> nn.Module:
     """The model of a source, its packed weights in our formats; see :func:`gpu_poor.load`."""
-    from gpu_poor.hf import GpuPoorConfig, keep_receipt, saved_class
+    from gpu_poor.hf import GpuPoorConfig, saved_class, keep_receipt
 
     check_options(8, activation)
     requantize, rest = (None if name is None else formats.find(name) for name in (requantize, rest))
@@ -42,6 +42,8 @@ def assemble(
     config.quantization_config = GpuPoorConfig(activation=activation, **names).to_dict()
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     state, cls = skeleton.state_dict(), type(skeleton)
+    for name in skeleton.all_tied_weights_keys:  # as in a file: transformers ties them again
+        state.pop(name, None)
     if empty := [name for name, tensor in state.items() if tensor.device.type == "meta"]:
         raise source.error(f"{empty[0]} is a buffer that is not in the checkpoint")
     model, info = cls.from_pretrained(
@@ -96,9 +98,9 @@ def fill(
         found = [name for name in aliases if source.has(name)]
         if len(found) > 1:
             raise source.error(f"{' and '.join(found)} are one weight by the config, two here")
-        rows = rows_of(targets, parameter)
+        rows = tuple(as_rows(targets, found[0], parameter).shape)
         piece = source.read(found[0], tuple(parameter.shape), rows)
-        stored, record = convert(found[0], piece, source, bool(targets), requantize, rest)
+        stored, record = convert(found[0], piece, source, targets, requantize, rest)
         if targets or piece.form is not None:
             records.append(record)
         if isinstance(stored, Stored):
@@ -118,39 +120,36 @@ def fill(
     return records
 
 
-def rows_of(targets: list[Target], parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter as rows ``[..., N, K]``."""
-    for target in targets:
-        for name, weight in target.weights().items():
-            if weight is parameter:
-                return tuple(target.rows()[name].shape)
-    return tuple(parameter.shape)
+def as_rows(targets: list[Target], name: str, value: torch.Tensor) -> torch.Tensor:
+    """A view of a parameter as rows ``[..., N, K]``: Conv1D has its weight the other way round."""
+    leaf = name.rpartition(".")[2]
+    return targets[0].kind.to_rows(targets[0].module, leaf, value) if targets else value
 
 
 def convert(
     name: str,
     piece: Piece,
     source: Source,
-    quantizable: bool,
+    targets: list[Target],
     requantize: Format | None,
     rest: Format | None,
 ) -> tuple[Stored | torch.Tensor, Imported]:
-    """What becomes of one parameter, and the record of it."""
+    """What becomes of one parameter, of the modules in targets, and the record of it."""
     values = piece.values
     packed = isinstance(values, Grid) or piece.form is not None
-    if not packed and not (quantizable and rest is not None):
-        how = Imported(name, piece.source, short(values.dtype), "float")
-        return values, how
-    if not quantizable:
+    if not packed and not (targets and rest is not None):
+        return values, Imported(name, piece.source, short(values.dtype), "float")
+    if not targets:
         raise source.error(f"{name} is {piece.source}, but is no weight that can be quantized here")
+    if not packed:
+        return store(name, piece.source, as_rows(targets, name, values), rest)
     if isinstance(values, Grid) and form_of(values) is not None:
         return store(name, piece.source, values, None)
     if piece.reason is not None and requantize is None:
         raise source.error(
             f"{name}: {piece.reason}; requantize='int8' (or another format) has it quantized again"
         )
-    form = requantize or formats.find(piece.form) if packed else rest
-    return store(name, piece.source, values, form)
+    return store(name, piece.source, values, requantize or formats.find(piece.form))
 
 
 def put_parameter(model: nn.Module, names: list[str], value: torch.Tensor) -> None:

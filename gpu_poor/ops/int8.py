@@ -1,4 +1,8 @@
-"""int8 weights ``[N, K]`` with one float32 scale [N]: ``w[n, k] ~ weight[n, k] * scale[n]``."""
+"""int8 weights ``[N, K]`` with a float32 scale, and maybe an offset, for each row.
+
+w[n, k] = weight[n, k] * scale[n]                    scale [N]
+w[n, k] = weight[n, k] * scale[0, n] + scale[1, n]   scale [2, N]: asymmetric
+"""
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +21,13 @@ def _check_weight(op: str, weight: Tensor, scale: Tensor) -> None:
         weight.dtype == torch.int8 and weight.dim() >= 1,
         lambda: f"{op}: weight must be int8 [..., K], got {weight.dtype} {tuple(weight.shape)}",
     )
+    rows = weight.shape[:-1]
+    both = (*rows[:-1], 2, *rows[-1:])
     torch._check(
-        scale.dtype == torch.float32 and scale.shape == weight.shape[:-1],
+        scale.dtype == torch.float32 and (scale.shape == rows or tuple(scale.shape) == both),
         lambda: (
-            f"{op}: scale must be float32 {tuple(weight.shape[:-1])}, one per weight row, "
-            f"got {scale.dtype} {tuple(scale.shape)}"
+            f"{op}: scale must be float32 {tuple(rows)}, one per weight row, or {both}, one and an "
+            f"offset, got {scale.dtype} {tuple(scale.shape)}"
         ),
     )
 
@@ -83,10 +89,39 @@ def _quantize_weight_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), torch.where(step > 0, scale, step)
 
 
+def _quantize_asymmetric(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The range of each row in 255 steps; float operations that every device rounds alike."""
+    check_rows("int8_quantize", "weight", weight)
+    torch._check(weight.dim() >= 2, lambda: "int8_quantize: asymmetric takes [..., N, K]")
+    rows = as_rows(weight)
+    q = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
+    stored = torch.zeros(2, rows.shape[0], device=weight.device)
+    step = max(1, 2**20 // max(1, rows.shape[1]))
+    for i in range(0, rows.shape[0] if rows.shape[1] else 0, step):
+        x = rows[i : i + step].float()
+        low, span = x.amin(-1), x.amax(-1) - x.amin(-1)
+        live = span > common.TINY
+        inverse = torch.where(live, torch.full_like(span, 255) / span, 0.0)
+        scale = torch.where(span.isfinite(), torch.where(live, span / 255, 0.0), float("nan"))
+        steps = ((x - low[:, None]) * inverse[:, None]).nan_to_num(0, 0, 0)
+        q[i : i + step] = steps.round().clamp(0, 255).sub(128)
+        stored[:, i : i + step] = torch.stack((scale, low + 128 * scale))
+    matrices = stored.view(2, -1, weight.shape[-2]).transpose(0, 1)
+    return q.view(weight.shape), matrices.reshape(*weight.shape[:-2], 2, -1)
+
+
+def _split(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale of each row, and its offset, 0 where there are none, ``[..., N, 1]``."""
+    if scale.dim() < weight.dim():
+        return scale[..., None], scale.new_zeros(())
+    return scale[..., 0, :, None], scale[..., 1, :, None]
+
+
 def _int8_dequantize_torch(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     _check_weight("int8_dequantize", weight, scale)
     check_float("int8_dequantize", "dtype", dtype)
-    return (weight.float() * scale[..., None]).to(dtype)
+    scale, offset = _split(weight, scale)
+    return torch.addcmul(offset, weight.float(), scale).to(dtype)
 
 
 def _int8_linear_torch(
@@ -94,7 +129,7 @@ def _int8_linear_torch(
 ) -> Tensor:
     _check_linear(x, weight, scale, bias, activation_bits)
     xf = common.quantized_tokens(x, activation_bits)
-    if x.dtype == torch.float32:
+    if x.dtype == torch.float32 and scale.dim() == 1:
         y = F.linear(xf, weight.float()) * scale
     else:  # half types keep their fast matmul; the scale goes into the weight against overflow
         y = F.linear(xf.to(x.dtype), _int8_dequantize_torch(weight, scale, x.dtype)).float()
@@ -109,7 +144,9 @@ def _int8_embedding_torch(
     _check_embedding(indices, weight, scale, dtype)
     common.check_range("int8_embedding", indices, weight.shape[0])
     indices = indices.long()
-    return (F.embedding(indices, weight).float() * scale[indices][..., None]).to(dtype)
+    scale, offset = (part.expand(weight.shape[0], 1) for part in _split(weight, scale))
+    q = F.embedding(indices, weight).float()
+    return torch.addcmul(offset[indices], q, scale[indices]).to(dtype)
 
 
 common.register({
@@ -161,7 +198,7 @@ common.register_linear(
 # -- the public wrappers -----------------------------------------------------------------------
 
 
-def int8_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def int8_quantize(weight: Tensor, asymmetric: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize each row to int8 with the scale of least squared error.
 
     Of 16 ranges, 100 % to 89.5 % of the row's largest magnitude, the best, with the scale
@@ -169,18 +206,22 @@ def int8_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: float32, bfloat16 or float16 ``[..., K]``.
+        asymmetric: instead, the range of each row in 255 steps, for ``[..., N, K]``.
 
     Returns:
-        int8 ``[..., K]`` and float32 scales ``[...]``. A row of zeros has scale 0; a row with a
-        NaN or an infinity has scale NaN, which callers turn into an error naming the tensor.
+        int8 ``[..., K]`` and float32 scales ``[...]``, asymmetric scales and offsets
+        ``[..., 2, N]``. A row of zeros has scale 0; a row with a NaN or an infinity has scale NaN,
+        which callers turn into an error naming the tensor.
     """
+    if asymmetric:
+        return _quantize_asymmetric(weight)
     if isa.uses_torch():
         return _int8_quantize_torch(weight)
     return torch.ops.gpu_poor.int8_quantize(weight)
 
 
 def int8_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``weight * scale`` per row, computed in float32 and rounded to ``dtype``."""
+    """``weight * scale + offset`` per row, computed in float32 and rounded to ``dtype``."""
     if isa.uses_torch():
         return _int8_dequantize_torch(weight, scale, dtype)
     return torch.ops.gpu_poor.int8_dequantize(weight, scale, dtype)
@@ -193,12 +234,12 @@ def int8_linear(
     bias: Tensor | None = None,
     activation_bits: int = 16,
 ) -> Tensor:
-    """``x @ (weight * scale).T + bias`` with integer dot products.
+    """``x @ (weight * scale + offset).T + bias`` with integer dot products.
 
     Args:
         x: float32, bfloat16 or float16 ``[..., K]``, any strides, possibly empty.
         weight: int8 ``[N, K]``.
-        scale: float32 ``[N]``.
+        scale: float32 ``[N]``, or ``[2, N]`` with offsets.
         bias: ``[N]`` of a float dtype, or None.
         activation_bits: 8, 16 or 32: see :data:`ACTIVATIONS`.
 
@@ -221,7 +262,7 @@ def int8_embedding(
     Args:
         indices: int64 or int32, each in [0, N); outside is an error.
         weight: int8 ``[N, K]``.
-        scale: float32 ``[N]``.
+        scale: float32 ``[N]``, or ``[2, N]`` with offsets.
     """
     if isa.uses_torch():
         return _int8_embedding_torch(indices, weight, scale, dtype)

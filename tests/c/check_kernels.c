@@ -306,11 +306,18 @@ static void check_rows(const gp_impl *impl, int64_t K, gp_dtype type)
         for (int64_t k = 0; k < K; k++) q[k] = (int8_t)random_u32();
         void *y = guarded((size_t)K * size_of(type), at_start);
         void *want = malloc((size_t)K * 4);
-        impl->int8_dequantize_row(q, 0.37f, K, y, type);
-        ref->int8_dequantize_row(q, 0.37f, K, want, type);
-        CHECK(memcmp(y, want, (size_t)K * size_of(type)) == 0, "%s int8_dequantize_row K %ld",
-              impl->name, (long)K);
-        float *f = guarded((size_t)K * 4, at_start);
+        for (int offset = 0; offset < 2; offset++) {
+            impl->int8_dequantize_row(q, 0.37f, 0.3f * (float)offset, K, y, type);
+            ref->int8_dequantize_row(q, 0.37f, 0.3f * (float)offset, K, want, type);
+            CHECK(memcmp(y, want, (size_t)K * size_of(type)) == 0, "%s int8_dequantize_row K %ld",
+                  impl->name, (long)K);
+        }
+        float *f = guarded((size_t)K * 4, at_start), *t = guarded((size_t)K * 4, at_start);
+        fill_floats(f, GP_F32, K);
+        fill_floats(t, GP_F32, K);
+        impl->add_offsets(t, 0.7f, f, K, y, type);
+        ref->add_offsets(t, 0.7f, f, K, want, type);
+        CHECK(memcmp(y, want, (size_t)K * size_of(type)) == 0, "%s add_offsets", impl->name);
         impl->to_float_row(y, type, K, f);
         ref->to_float_row(y, type, K, want);
         CHECK(memcmp(f, want, (size_t)K * 4) == 0, "%s to_float_row K %ld", impl->name, (long)K);

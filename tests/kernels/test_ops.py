@@ -7,6 +7,7 @@ from helpers import assert_equal, assert_within, heavy_tailed, random_int8
 from gpu_poor import isa, ops
 
 W, S = random_int8(20, 30), torch.rand(20) / 100
+SO = torch.stack((S, heavy_tailed(20, seed=7) / 10))  # and offsets
 X = heavy_tailed(6, 30)
 
 H = heavy_tailed(20, 30, seed=2).bfloat16()
@@ -17,12 +18,13 @@ W8, S8 = ops.grouped_quantize(heavy_tailed(20, 30, seed=1), 32, bits=8)
 
 SAMPLES = {
     "int8_quantize": [(X,), (X.bfloat16(),), (X.view(2, 3, 30),), (X[:0],)],
-    "int8_dequantize": [(W, S, torch.float32), (W, S, torch.bfloat16)],
+    "int8_dequantize": [(W, S, torch.float32), (W, SO, torch.bfloat16)],
     "int8_linear": [
         (X, W, S, None, 16),
         (X.half(), W, S, torch.randn(20).half(), 8),
         (X.view(2, 3, 30), W, S, torch.randn(20), 32),
         (X[:0], W, S, None, 16),
+        (X, W, SO, torch.randn(20), 16),
         (X.clone().requires_grad_(), W, S, torch.randn(20, requires_grad=True), 16),
     ],
     "int8_embedding": [
@@ -84,12 +86,13 @@ def test_opcheck(op):
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
-def test_int8_linear_gradient_is_that_of_the_dequantized_weight(isa, bits):
+@pytest.mark.parametrize("scale", [S, SO], ids=["sym", "asym"])
+def test_int8_linear_gradient_is_that_of_the_dequantized_weight(isa, scale, bits):
     x = X.clone().requires_grad_()
     bias = torch.zeros(20, requires_grad=True)
     grad = heavy_tailed(6, 20, seed=5)
-    ops.int8_linear(x, W, S, bias, bits).backward(grad)
-    dense = W.double() * S.double()[:, None]
+    ops.int8_linear(x, W, scale, bias, bits).backward(grad)
+    dense = ops.int8_dequantize(W, scale).double()
     assert_within(x.grad, grad.double() @ dense, 1e-5)
     assert_within(bias.grad, grad.double().sum(0), 1e-5)
 
