@@ -392,6 +392,42 @@ def test_goals_of_low_bits():
     }  # fmt: skip
 
 
+def test_rivals_are_compared_at_as_many_bits():
+    rows = STRATEGY_ROWS[:4]  # 0.09 at 4.5 bits, 6e-4 at 8.2; hollow and absmax do not count
+    model = "stories260k-llama"
+    assert report_goals.at_bits(rows, model, 4.5) == pytest.approx(0.09)
+    assert report_goals.at_bits(rows, model, 8.2) == pytest.approx(6e-4)
+    assert report_goals.at_bits(rows, model, 6.35) == pytest.approx((0.09 * 6e-4) ** 0.5)
+    assert report_goals.at_bits(rows, "another", 4.5) is None
+    record = {"rows": rows, "peers": [
+        {"model": model, "peer": f"rival {kl}", "bits_per_weight": 4.5,
+         "quality": rows[0]["quality"] | {"kl_mean": kl}} for kl in (0.1, 0.06)
+    ]}  # fmt: skip
+    *_, (goal, measured, met) = report_goals.strategies(record)
+    assert "a rival's" in goal and measured == f"1.500x (rival 0.06, {model})" and not met
+    text = tables.peer_weights(record)
+    assert "| rival 0.1 | 4.50 |" in text and "0.90x" in text and "1.50x" in text
+    assert tables.peer_weights({"rows": rows}) == tables.NOT_YET
+
+
+def test_a_rival_rounds_the_blocks_and_nothing_else():
+    from benchmarks.peer_weights import apply
+
+    model = make_model("gpt2")  # Conv1D: rows are columns
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen = []
+
+    def rounding(weight):
+        seen.append(tuple(weight.shape))
+        return weight / 2, 5 * weight.numel()
+
+    assert apply(model, rounding) == 5.0
+    assert seen == 2 * [(360, 120), (120, 120), (480, 120), (120, 480)]
+    for name, value in model.state_dict().items():
+        halved = ".h." in name and value.dim() == 2
+        assert torch.equal(value, before[name] / 2 if halved else before[name]), name
+
+
 def test_the_goals_are_of_the_defaults():
     from benchmarks import strategies
     from gpu_poor.strategies import recipe
