@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from gpu_poor.chains import find_chains
 from gpu_poor.folds import Decided, Fold, find_folds, tied_modules
 from gpu_poor.nn.base import Stored, quantize_rows
 from gpu_poor.plan import Plan, Target, block_list
+from gpu_poor.resume import WorkFolder, fingerprint
 from gpu_poor.strategies import Inputs, Recipe
 
 #: Tokens that go through a block at once.
@@ -40,12 +42,14 @@ def calibrate(
     rows: list[Tensor],
     activation: str,
     progress: bool | None = None,
+    work_folder: str | Path | None = None,
 ) -> Decided:
     """Choose the numbers of the linears in the decoder's blocks.
 
     Args:
         rows: token ids, int64 ``[1, T]`` each.
         activation: the mode in which the quantized stream runs.
+        work_folder: keep finished blocks there, and go on after those that are there already.
 
     Raises:
         ValueError: the model is no decoder of blocks, or its activations are not finite; the
@@ -73,10 +77,19 @@ def calibrate(
             unit_scale=True,
             disable=not (sys.stderr.isatty() if progress is None else progress),
         )
+        streams, first, folder = {"exact": stream.exact, "quantized": stream.quantized}, 0, None
+        if work_folder is not None:
+            job = fingerprint(model, plan, recipe, rows, activation)
+            folder = WorkFolder(work_folder, job)
+            first = folder.load(plan, folds, done, streams)
         with bar:
-            for i, block_work in enumerate(work):
+            bar.update(sum(w.n_weights for w in work[:first]))
+            for i, block_work in enumerate(work[first:], start=first):
                 last = i + 1 == len(work)
                 block_work.run(stream, i, recipe, folds, activation, done, bar, last)
+                if folder is not None:
+                    targets = block_work.targets.values()
+                    folder.save(i, targets, done, block_work.name, streams)
     return done
 
 

@@ -33,6 +33,7 @@ def make_it_work_hybrid(
     evaluate_on: Text | None = None,
     max_kl: float | None = None,
     plan_path: str | None = None,
+    work_folder: str | None = None,
     progress: bool | None = None,
     verbose: bool = True,
 ) -> nn.Module:
@@ -56,8 +57,8 @@ def make_it_work_hybrid(
         bits: 4, 8 or 16 for all layers (sensitive ones at least 8) instead of a plan;
             ``memory_target`` is then not used.
         strategy: instead of smoothing_alpha, as for :func:`gpu_poor.quantize`.
-        critical_layers, include, exclude, activation, evaluate_on, max_kl, progress, tokenizer: as
-            for :func:`gpu_poor.quantize`.
+        critical_layers, include, exclude, activation, evaluate_on, max_kl, work_folder, progress,
+            tokenizer: as for :func:`gpu_poor.quantize`.
         plan_path: save the plan there as JSON.
         verbose: print plan and receipt.
 
@@ -78,6 +79,7 @@ def make_it_work_hybrid(
         activation=activation,
         evaluate_on=evaluate_on,
         max_kl=max_kl,
+        work_folder=work_folder,
         progress=progress,
         verbose=verbose,
     )

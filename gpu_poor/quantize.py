@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ def quantize(
     strategy: Strategies = None,
     sample_inputs: SampleInputs | None = None,
     tokenizer: Callable | None = None,
+    work_folder: str | Path | None = None,
     evaluate_on: Text | None = None,
     max_kl: float | None = None,
     include: Patterns = None,
@@ -80,6 +82,8 @@ def quantize(
         sample_inputs: texts like those the model is for, or token ids (gpu_poor.samples): the
             decoder's blocks are calibrated on them.
         tokenizer: for sample_inputs and evaluate_on; default: the one saved with the model.
+        work_folder: calibration keeps its finished blocks there, and goes on after them if it was
+            killed and is started again with the same model, data and options.
         evaluate_on: text to measure the quality on, for the receipt; no calibration text. The float
             model's answers are recorded first (gpu_poor.metrics.record).
         max_kl: refuse to return a model whose mean KL divergence is larger, in nats.
@@ -107,6 +111,8 @@ def quantize(
     how = recipe(strategy, calibrated=sample_inputs is not None)
     if how.needs_inputs and sample_inputs is None:
         raise ValueError(f"strategy {' and '.join(how.names)} needs sample_inputs")
+    if work_folder is not None and sample_inputs is None:
+        raise ValueError("work_folder is for calibration: it needs sample_inputs")
     check_quantizable(model)
     options = dict(include=include, exclude=exclude, critical_layers=critical_layers)
     options = {
@@ -124,7 +130,7 @@ def quantize(
         done = smooth(model, plan, how)
     else:
         rows = token_rows(model, sample_inputs, tokenizer, length=CALIBRATION_LENGTH)
-        done = calibrate(model, plan, how, rows, activation, progress)
+        done = calibrate(model, plan, how, rows, activation, progress, work_folder)
     quantized = quantize_weights(plan, how, done, progress)
     with restoring(model):
         swap(model, plan.targets, quantized, activation)

@@ -26,7 +26,7 @@ def assemble(
     rest: str | None = None,
 ) -> nn.Module:
     """The model of a source, its packed weights in our formats; see :func:`gpu_poor.load`."""
-    from gpu_poor.hf import GpuPoorConfig, saved_class, keep_receipt
+    from gpu_poor.hf import GpuPoorConfig, keep_receipt, saved_class
 
     check_options(8, activation)
     requantize, rest = (None if name is None else formats.find(name) for name in (requantize, rest))

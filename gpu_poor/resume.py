@@ -1,0 +1,161 @@
+"""A calibration's finished blocks in a folder, so that one that was killed goes on where it was.
+
+For each block a safetensors file of what was decided, and one of the hidden states before the next
+block. Files are replaced whole, the hidden states last: they say which block is next.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gpu_poor import memory
+from gpu_poor.chains import Chain
+from gpu_poor.folds import Decided, Fold
+from gpu_poor.nn.base import Stored
+from gpu_poor.plan import Plan, Target
+from gpu_poor.strategies import Recipe
+
+JOB, STREAMS = "job.json", "hidden-states.safetensors"
+
+
+class WorkFolder:
+    """The state of one calibration.
+
+    Args:
+        folder: made if it is not there.
+        job: :func:`fingerprint` of what is being done.
+
+    Raises:
+        ValueError: the folder has the state of another calibration.
+    """
+
+    def __init__(self, folder: str | Path, job: str):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / JOB
+        if path.exists():
+            found = _read_json(path).get("job")
+            if found != job:
+                raise ValueError(
+                    f"{self.folder} holds the state of another calibration (model, data or options "
+                    "differ): pass another folder, or empty this one"
+                )
+        _write(path, lambda name: Path(name).write_text(json.dumps({"job": job}) + "\n"))
+
+    def save(
+        self, i: int, targets: Iterable[Target], done: Decided, prefix: str, streams: dict
+    ) -> None:
+        """Keep block ``i``: of ``done`` what belongs to it, and the hidden states after it."""
+        tensors: dict[str, Tensor] = {}
+        for target in targets:
+            if (stored := done.stored.get(memory.identity(target.module.weight))) is not None:
+                tensors[f"weight|{target.name}"] = stored.weight.detach()
+                if stored.scale is not None:
+                    tensors[f"scale|{target.name}"] = stored.scale
+        for name, (_, factors) in done.norms.items():
+            if name.startswith(f"{prefix}."):
+                tensors[f"norm|{name}"] = factors
+        for name, (chain, factors) in done.sources.items():
+            if name.startswith(f"{prefix}."):
+                tensors[f"source|{name}|{chain.source}|{chain.linear}"] = factors
+        unreached = json.dumps([n for n in done.unreached if n.startswith(f"{prefix}.")])
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        _write(
+            self._block(i),
+            lambda name: save_file(tensors, name, {"unreached": unreached}),
+        )
+        flat = {
+            f"{kind}|{b}": state.contiguous()
+            for kind, states in streams.items()
+            for b, state in enumerate(states)
+        }
+        _write(self.folder / STREAMS, lambda name: save_file(flat, name, {"next": str(i + 1)}))
+
+    def load(self, plan: Plan, folds: list[Fold], done: Decided, streams: dict) -> int:
+        """Fill in what is known, and return the number of the block that is next.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        path = self.folder / STREAMS
+        if not path.exists():
+            return 0
+        targets = {target.name: target for target in plan.targets}
+        by_norm = {fold.norm: fold for fold in folds}
+        try:
+            with safe_open(path, framework="pt") as file:
+                following = int(file.metadata()["next"])
+                for kind, states in streams.items():
+                    states[:] = [file.get_tensor(f"{kind}|{b}") for b in range(len(states))]
+            for i in range(following):
+                self._load_block(i, targets, by_norm, done)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.folder} is damaged: {error}; empty it to start anew"
+            ) from error
+        return following
+
+    def _load_block(self, i: int, targets: dict[str, Target], by_norm, done: Decided) -> None:
+        with safe_open(self._block(i), framework="pt") as file:
+            done.unreached += json.loads(file.metadata()["unreached"])
+            names = list(file.keys())
+            for key in names:
+                kind, name, *rest = key.split("|")
+                if kind == "weight":
+                    target, scale = targets[name], f"scale|{name}"
+                    weight = nn.Parameter(file.get_tensor(key), requires_grad=False)
+                    done.stored[memory.identity(target.module.weight)] = Stored(
+                        weight,
+                        file.get_tensor(scale) if scale in names else None,
+                        target.form,
+                        tuple(target.rows()["weight"].shape),
+                    )
+                elif kind == "norm":
+                    done.norms[name] = by_norm[name], file.get_tensor(key)
+                elif kind == "source":
+                    done.sources[name] = Chain(*rest), file.get_tensor(key)
+
+    def _block(self, i: int) -> Path:
+        return self.folder / f"block-{i:04}.safetensors"
+
+
+def fingerprint(
+    model: nn.Module, plan: Plan, recipe: Recipe, rows: list[Tensor], activation: str
+) -> str:
+    """Tells one calibration from another: options, data, and some values of every weight."""
+    digest = hashlib.sha256()
+    options = [type(model).__name__, activation]
+    options += [f"{part.name} {vars(part)}" for part in recipe if part is not None]
+    options += [f"{t.name} {t.form.name} {tuple(t.module.weight.shape)}" for t in plan.targets
+                if t.is_linear]  # fmt: skip
+    digest.update(json.dumps(options).encode())
+    for row in rows:
+        digest.update(row.contiguous().numpy().tobytes())
+    for target in plan.targets:
+        for weight in target.weights().values():
+            digest.update(weight.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}; empty the folder to start anew") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, write) -> None:
+    """Replace a file whole, or leave it as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(str(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
