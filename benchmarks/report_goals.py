@@ -217,7 +217,7 @@ def strategies(record: dict | None) -> Iterator[Goal]:
              for r in record.get("peers", [])]  # fmt: skip
     yield from at_most(
         "mean KL without data, over a rival's at as many bits", [p for p in peers if p[1]],
-        lambda p: p[1] / p[0]["quality"]["kl_mean"], 1.0, times,
+        lambda p: p[1] / p[0]["quality"]["kl_mean"], 1.0, "{:.3f}x".format,
         lambda p: f"{p[0]['peer']}, {p[0]['model']}",
     )  # fmt: skip
 
