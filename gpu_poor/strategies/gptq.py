@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gpu_poor import ops
 from gpu_poor.formats import Format
+from gpu_poor.ops.common import correction_dtype
 from gpu_poor.strategies.base import Inputs, Numbers, Rounding, register
 
 
@@ -44,8 +45,9 @@ class Gptq(Rounding):
         gram, factor = self._factor(inputs)
         target = rows.float()
         if self.correction:  # H^-1 = U^T U
-            drift = target @ inputs.drift
-            target = target + self.correction * (drift @ factor.T) @ factor
+            dtype = correction_dtype()
+            u, shift = factor.to(dtype), target.to(dtype) @ inputs.drift.to(dtype)
+            target = target + self.correction * (shift @ u.T @ u).float()
         levels, scale = ops.gptq(
             target.contiguous(),
             gram,
