@@ -222,6 +222,20 @@ def strategies(record: dict | None) -> Iterator[Goal]:
     )  # fmt: skip
 
 
+def calibration(record: dict | None) -> Iterator[Goal]:
+    if not record:
+        return
+    for how, limit in (("mse", 60), ("gptq", 1200)):
+        yield from at_most(f"quantize(bits=4) by {how}, seconds",
+                           [r for r in record["rows"] if r["strategy"] == how],
+                           lambda r: r["seconds"], limit, "{:.0f} s".format,
+                           lambda r: f"{r['shape']}, {r['tokens']} tokens")  # fmt: skip
+    yield from at_most("gptq, peak above the quantized model and one block in float32",
+                       [r for r in record["rows"] if r["strategy"] == "gptq"],
+                       lambda r: r["above"] / 1e9, 1.0, "{:.2f} GB".format,
+                       lambda r: r["shape"])  # fmt: skip
+
+
 def all_goals(records: dict[str, dict | None]) -> list[Goal]:
     return [
         *kernels(records["kernels"]),
@@ -230,4 +244,5 @@ def all_goals(records: dict[str, dict | None]) -> list[Goal]:
         *quality(records["quality"]),
         *strategies(records["strategies"]),
         *planning(records["planning"]),
+        *calibration(records["calibration"]),
     ]
