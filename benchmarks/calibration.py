@@ -1,9 +1,9 @@
 """Time and memory of quantizing to 4 bits, with and without data.
 
-``python -m benchmarks.calibration``. A model of a published shape, random bfloat16 weights, is saved and loaded as anybody loads one (its
-weights lie in the mapped file), in a process of its own. Measured: ``quantize(bits=4)`` without
-data, and with 128 x 512 random calibration tokens (gptq), and how far the process grows above one
-that has imported everything and quantized a tiny model.
+``python -m benchmarks.calibration``. A model of a published shape, random bfloat16 weights, is
+saved and loaded as anybody loads one (its weights lie in the mapped file), in a process of its own.
+Measured: ``quantize(bits=4)`` without data, and with 128 x 512 random calibration tokens (gptq),
+and how far the process grows above one that has imported everything and quantized a tiny model.
 """
 
 import argparse
