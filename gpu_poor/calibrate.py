@@ -58,7 +58,7 @@ def calibrate(
     """
     names = block_list(model)
     blocks = list(model.get_submodule(names))
-    done = Decided()
+    done = Decided(n_tokens=sum(row.numel() for row in rows))
     done.uncalibrated = [
         t.name for t in plan.targets if t.name.startswith(f"{names}.") and not t.is_linear
     ]
@@ -82,7 +82,7 @@ def calibrate(
         if work_folder is not None:
             job = fingerprint(model, plan, recipe, rows, activation)
             folder = WorkFolder(work_folder, job)
-            first = folder.load(plan, folds, done, streams)
+            first = done.resumed = folder.load(plan, folds, done, streams)
         with bar:
             bar.update(sum(w.n_weights for w in work[:first]))
             for i, block_work in enumerate(work[first:], start=first):

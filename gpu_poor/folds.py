@@ -64,6 +64,10 @@ class Decided:
     uncalibrated: list[str] = field(default_factory=list)
     #: Why smoothing was not tried.
     unsmoothed: str = ""
+    #: Calibration tokens that the strategies have looked at.
+    n_tokens: int = 0
+    #: Blocks that an earlier run has calibrated.
+    resumed: int = 0
 
     def apply_norms(self, model: nn.Module) -> None:
         """Fold the norms of a model, which has its weights by now, and the biases of sources."""
@@ -73,10 +77,14 @@ class Decided:
     def remarks(self, how: Recipe) -> list[str]:
         """For the receipt."""
         lines = [f"numbers chosen by {' and '.join(how.names)}"]
+        if self.n_tokens and how.needs_inputs:
+            lines[0] += f" on {self.n_tokens:,} tokens"
         if self.norms:
             lines[0] += f": {len(self.norms)} norms folded"
         if self.sources:
             lines[0] += f", {len(self.sources)} linears divided for the next"
+        if self.resumed:
+            lines.append(f"blocks calibrated by an earlier run, in work_folder: {self.resumed}")
         if self.unreached:
             lines.append(
                 f"no calibration text reached {len(self.unreached)} linears, e.g. "

@@ -28,6 +28,7 @@ from gpu_poor import memory, ops
 from gpu_poor.folds import smooth
 from gpu_poor.formats import FORMATS
 from gpu_poor.hf_load import (
+    IGNORED,
     METHOD,
     add_missing_ties,
     candidates,
@@ -35,6 +36,7 @@ from gpu_poor.hf_load import (
     check_device_map,
     check_files,
     check_loaded,
+    expect_no_scales,
     float_parameters,
     keep_stored_dtypes,
     norm_weights,
@@ -224,6 +226,8 @@ class GpuPoorQuantizer(HfQuantizer):
             self._before, self._kept = memory.by_class(model), plan.kept_groups()
             self._incoming = self._prepare(model, plan, checkpoint_files or ())
         swap_skeleton(model, targets, config, stored_dtypes=self.pre_quantized)
+        if not self.pre_quantized:
+            expect_no_scales(model)
         if self.pre_quantized and checkpoint_files is not None:
             keep_stored_dtypes(model)
             check_files(model, header, listed)
@@ -267,6 +271,7 @@ class GpuPoorQuantizer(HfQuantizer):
             remarks = self._incoming.decided.remarks(self._incoming.how)
             check_loaded(model, self._floats)
         finally:
+            vars(model).pop(IGNORED, None)
             self._incoming = Incoming()
         if not self.pre_quantized:
             memory.leave_files(model)

@@ -4,6 +4,7 @@
 executed: names are looked up in the model, kinds in :data:`gpu_poor.nn.KINDS`.
 """
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -259,6 +260,21 @@ def check_complete(model: nn.Module, scales: bool) -> None:
     marked = {name for name, tensor in found.items() if hasattr(tensor, "_is_hf_initialized")}
     if marked and (lacking := sorted(set(found) - marked)):
         raise ValueError(f"{lacking[0]} was not in the checkpoint")
+
+
+#: Where transformers looks for patterns of what may be missing from a checkpoint.
+IGNORED = "_keys_to_ignore_on_load_missing"
+
+
+def expect_no_scales(model: nn.Module) -> None:
+    """Have transformers not report as missing the scales of weights it knows by a tied name.
+
+    A float checkpoint has no scales. They come with the weights that are quantized, and where a
+    file has lm_head's name only, the embedding gets its own afterwards.
+    """
+    names = [f"{name}_scale" for name in model.all_tied_weights_keys.values()]
+    known = getattr(model, IGNORED) or []
+    setattr(model, IGNORED, [*known, *(f"^{re.escape(name)}$" for name in names)])
 
 
 def float_parameters(model: nn.Module) -> set[str]:

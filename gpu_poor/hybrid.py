@@ -54,8 +54,8 @@ def make_it_work_hybrid(
             evened out ("equalize").
         memory_target: a fraction of the original size, bytes, or "6GB"; with ``context`` the KV
             cache of so many tokens counts too.
-        bits: 4, 8 or 16 for all layers (sensitive ones at least 8) instead of a plan;
-            ``memory_target`` is then not used.
+        bits: 4, 8 or 16 for all layers (with 4, the head and small tables still 8) instead of a
+            plan; ``memory_target`` is then not used.
         strategy: instead of smoothing_alpha, as for :func:`gpu_poor.quantize`.
         critical_layers, include, exclude, activation, evaluate_on, max_kl, work_folder, progress,
             tokenizer: as for :func:`gpu_poor.quantize`.
@@ -63,7 +63,8 @@ def make_it_work_hybrid(
         verbose: print plan and receipt.
 
     Returns:
-        The same model; ``model.gpu_poor_plan`` is the plan, with what was then measured in it.
+        The same model; ``model.gpu_poor_plan`` is the plan, with what was then measured in it. A
+        model that fits as it is stays as it is, in float: the plan says so.
 
     Raises:
         ValueError: what :func:`gpu_poor.plan_memory` and :func:`gpu_poor.quantize` raise.
@@ -87,6 +88,9 @@ def make_it_work_hybrid(
     if bits is not None:
         if not quantize_embeddings:
             raise ValueError("bits and quantize_embeddings=False: use quantize(exclude=...)")
+        for name, value in (("context", context), ("plan_path", plan_path)):
+            if value is not None:
+                raise ValueError(f"{name} belongs to a plan, and with bits there is none")
         return quantize(model, bits, **patterns, **options)
     if memory_target is None:
         raise ValueError("needs a memory_target or bits")

@@ -159,6 +159,8 @@ def _foot(plan: MemoryPlan) -> list[str]:
         f"  predicted: {plan.predicted_bytes:,} bytes, {used}; {kl}",
         f"  no other choice of these formats is predicted to be better by more than {plan.gap:.2%}",
     ]
+    if not plan.overrides:
+        lines[1] = "  the model fits as it is: nothing is to be quantized"
     if plan.measured_bytes is not None:
         found = "not measured" if plan.measured_kl is None else f"{plan.measured_kl:.2e} nats"
         lines.append(f"  measured: {plan.measured_bytes:,} bytes; mean KL {found}")

@@ -279,7 +279,7 @@ def evaluate(
     Raises:
         TypeError: an argument is of another kind, such as a name in place of a model.
         ValueError: no text, a text too short, a reference that is quantized or the model itself,
-            or logits that are not finite.
+            of another vocabulary than the model's, or logits that are not finite.
     """
     if isinstance(reference, Recording):
         if text is not None:
@@ -294,8 +294,12 @@ def evaluate(
         expected = (logits for logits, _ in logits_of(reference, ids))
     warn_if_few(ids)
     # Both generators cut the windows alike: the first batch is one window, the rest by vocabulary.
-    parts = [
-        compare(p, q, targets)
-        for p, (q, targets) in zip(expected, logits_of(model, ids), strict=True)
-    ]
+    parts = []
+    for p, (q, targets) in zip(expected, logits_of(model, ids), strict=True):
+        if p.shape[1] != q.shape[1]:
+            raise ValueError(
+                f"model answers with {q.shape[1]} logits a token, reference with {p.shape[1]}: "
+                "they are not one model, quantized and in float"
+            )
+        parts.append(compare(p, q, targets))
     return summarize(TokenStats.cat(parts), window=ids.shape[1], text_sha256=sha256(ids))

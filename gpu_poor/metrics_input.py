@@ -189,7 +189,7 @@ def warn_if_few(ids: Tensor) -> None:
     n_predicted = ids[:, 1:].numel()
     if n_predicted < MIN_TOKENS:
         warnings.warn(
-            f"only {n_predicted} tokens are predicted: figures from so few are noise; use a text "
-            f"of thousands, at least {MIN_TOKENS}",
+            f"the text has only {n_predicted} token{'s' * (n_predicted != 1)} to predict: figures "
+            f"from so few are noise; use a text of thousands, at least {MIN_TOKENS}",
             stacklevel=3,
         )

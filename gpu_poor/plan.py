@@ -153,7 +153,10 @@ def block_list(model: nn.Module) -> str:
     inside = {id(m) for m in decoder.modules()} if isinstance(decoder, nn.Module) else set()
     lists = {n: m for n, m in lists.items() if id(m) in inside} or lists
     if not lists:
-        raise ValueError("the model has no list of blocks")
+        raise ValueError(
+            f"{type(model).__name__} has no list of blocks (nn.ModuleList), which sample_inputs "
+            'and critical_layers="first" need'
+        )
     return max(lists, key=lambda name: len(lists[name]))
 
 

@@ -32,7 +32,7 @@ from gpu_poor.plan import (
     share_scales,
 )
 from gpu_poor.receipt import make_receipt
-from gpu_poor.samples import SampleInputs, token_rows
+from gpu_poor.samples import SampleInputs, token_rows, warn_if_few
 from gpu_poor.strategies import MSE, Recipe, Strategies, recipe
 
 if TYPE_CHECKING:
@@ -80,10 +80,12 @@ def quantize(
             instance, or one that rounds and one that smooths. By default ("equalize", "mse"),
             which need no data, and ("equalize", "gptq") with sample_inputs.
         sample_inputs: texts like those the model is for, or token ids (gpu_poor.samples): the
-            decoder's blocks are calibrated on them.
+            decoder's blocks are calibrated on them, on all of them. Thousands of tokens; below
+            about 1000 the result may be worse than without, and there is a warning.
         tokenizer: for sample_inputs and evaluate_on; default: the one saved with the model.
         work_folder: calibration keeps its finished blocks there, and goes on after them if it was
-            killed and is started again with the same model, data and options.
+            killed and is started again with the same model, data and options; the receipt says so.
+            It also holds hidden states, 2 x tokens x hidden size numbers: delete it when done.
         evaluate_on: text to measure the quality on, for the receipt; no calibration text. The float
             model's answers are recorded first (gpu_poor.metrics.record).
         max_kl: refuse to return a model whose mean KL divergence is larger, in nats.
@@ -110,7 +112,8 @@ def quantize(
     check_options(bits, activation, overrides)
     how = recipe(strategy, calibrated=sample_inputs is not None)
     if how.needs_inputs and sample_inputs is None:
-        raise ValueError(f"strategy {' and '.join(how.names)} needs sample_inputs")
+        needy = [part.name for part in how if part is not None and part.needs_inputs]
+        raise ValueError(f"strategy {' and '.join(needy)} needs sample_inputs")
     if work_folder is not None and sample_inputs is None:
         raise ValueError("work_folder is for calibration: it needs sample_inputs")
     check_quantizable(model)
@@ -130,6 +133,8 @@ def quantize(
         done = smooth(model, plan, how)
     else:
         rows = token_rows(model, sample_inputs, tokenizer, length=CALIBRATION_LENGTH)
+        if how.needs_inputs:
+            warn_if_few(rows)
         done = calibrate(model, plan, how, rows, activation, progress, work_folder)
     quantized = quantize_weights(plan, how, done, progress)
     with restoring(model):

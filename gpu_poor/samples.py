@@ -4,6 +4,7 @@ Calibration and planning share this file, so that both read the same text alike 
 alike: what is wrong, and where in ``sample_inputs``.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -13,6 +14,8 @@ from gpu_poor.metrics_input import LENGTH, as_text, check_tokenizer, n_positions
 
 #: Token ids as a tensor or nested lists, a tokenizer's output, a text, or an iterable of these.
 SampleInputs = Tensor | Mapping | str | Iterable
+#: Calibration on fewer tokens comes with a warning: on the models here it did worse than none.
+MIN_CALIBRATION_TOKENS = 1024
 
 
 def token_rows(
@@ -130,13 +133,25 @@ class _Reader:
             raise ValueError(f"{where} has no tokens")
         if len(row) > self.n_positions:
             raise ValueError(
-                f"{where} has {len(row)} tokens; the model takes at most {self.n_positions}"
+                f"{where} has {len(row)} tokens; the model takes at most {self.n_positions}: pass "
+                "the text itself, which is cut, or a list of shorter sequences"
             )
         low, high = int(row.min()), int(row.max())
         if low < 0 or (self.n_vocab is not None and high >= self.n_vocab):
             known = "0 or more" if self.n_vocab is None else f"in 0..{self.n_vocab - 1}"
             raise ValueError(f"{where} has the token id {low if low < 0 else high}, not {known}")
         return row[None].clone()
+
+
+def warn_if_few(rows: list[Tensor]) -> None:
+    """Warn, on behalf of the public function that calls this, of calibration that may do harm."""
+    n_tokens = sum(row.numel() for row in rows)
+    if n_tokens < MIN_CALIBRATION_TOKENS:
+        warnings.warn(
+            f"sample_inputs has {n_tokens} token{'s' * (n_tokens != 1)}: calibration on fewer than "
+            f"{MIN_CALIBRATION_TOKENS} may be worse than none; use thousands, or leave it out",
+            stacklevel=3,
+        )
 
 
 def vocabulary(model: nn.Module) -> int | None:

@@ -155,6 +155,21 @@ def test_calibration_is_worth_it():
     assert errors[1] < 0.7 * errors[0]
 
 
+def test_the_receipt_says_on_how_much_and_too_little_comes_with_a_warning(recwarn):
+    for strategy, n in ((None, 17), ("mse", 0)):  # mse takes no notice of data
+        model = make_model("llama")
+        quantize(model, sample_inputs=rows(60) * 17, strategy=strategy, verbose=False)
+        remark = model.gpu_poor_receipt.remarks[0]
+        assert ("on 1,020 tokens" in remark) == bool(n)
+        caught = [w for w in recwarn if "worse than none" in str(w.message)]
+        assert [w.filename for w in caught] == [__file__] * bool(n)
+        recwarn.clear()
+    model = make_model("llama")
+    quantize(model, sample_inputs=rows(60) * 18, verbose=False)
+    assert "on 1,080 tokens" in model.gpu_poor_receipt.remarks[0]
+    assert not [w for w in recwarn if "worse than none" in str(w.message)]
+
+
 # -- models ------------------------------------------------------------------------------------
 
 

@@ -18,24 +18,35 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
 
 
-def test_readme_code_runs(tmp_path, monkeypatch, capsys):
-    """All Python blocks, top to bottom in one session, on the packaged model."""
-    pytest.importorskip("transformers")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_text.txt").write_text(assets.valid_text()[:4000])
+def run_readme(folder, name: str) -> None:
+    """All Python blocks, top to bottom in one session, on a model in place of the one named."""
+    (folder / "my_text.txt").write_text(assets.valid_text()[:6000])
     code = blocks("python")
     assert len(code) == 5 and '"gpt2-large"' in code[0]
     session: dict = {}
     for block in code:
-        exec(
-            compile(block.replace('"gpt2-large"', repr(assets.STORIES260K)), "README", "exec"),
-            session,
-        )
+        exec(compile(block.replace('"gpt2-large"', repr(name)), "README", "exec"), session)
+
+
+def test_readme_code_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    run_readme(tmp_path, assets.STORIES260K)
     out = capsys.readouterr().out
     assert "73.4% smaller" in out  # the receipt
     assert "Once upon a time, there was" in out  # the generated text
     assert re.search(r"KL divergence +mean [\d.]+e-0[3-9]", out)  # evaluate
     assert (tmp_path / "my-int8-model" / "model.safetensors").stat().st_size < 400_000
+
+
+def test_readme_code_runs_on_the_architecture_that_it_names(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    shape = dict(n_embd=128, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2)
+    config = transformers.GPT2Config(vocab_size=512, **shape)
+    transformers.GPT2LMHeadModel(config).save_pretrained("gpt2")
+    transformers.AutoTokenizer.from_pretrained(assets.STORIES260K).save_pretrained("gpt2")
+    run_readme(tmp_path, "gpt2")
 
 
 def test_readme_shows_the_receipt():

@@ -333,9 +333,11 @@ def test_streaming_a_tied_model_with_unusual_files(present, tmp_path):
     tied = reference.lm_head.weight is reference.model.embed_tokens.weight
     assert tied == (present != "both different") or present == "both equal"  # 5.0: not tied
     quantize(reference, verbose=False)
-    streamed = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=GpuPoorConfig()
+    streamed, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=GpuPoorConfig(), output_loading_info=True
     )
+    assert not info["missing_keys"]
+    assert "_keys_to_ignore_on_load_missing" not in vars(streamed)
     assert torch.equal(logits(streamed), logits(reference))
     assert tied == (streamed.lm_head.weight is streamed.model.embed_tokens.weight)
     streamed.save_pretrained(tmp_path / "int8")

@@ -85,6 +85,8 @@ def test_embeddings_may_stay():
         ({"memory_target": "many"}, "memory_target must be"),
         ({"memory_target": None}, "needs a memory_target or bits"),
         ({"bits": 3}, "bits must be"),
+        ({"bits": 4, "plan_path": "plan.json"}, "plan_path belongs to a plan"),
+        ({"bits": 4, "context": 8}, "context belongs to a plan"),
         ({"smoothing_alpha": 2.0, "sample_inputs": tokens()}, "alpha"),
         ({"sample_inputs": []}, "sample_inputs is empty"),
         ({"sample_inputs": torch.rand(1, 8)}, "integer token ids"),

@@ -240,6 +240,9 @@ def test_a_reference_must_be_another_model_in_float(stories):
     with pytest.raises(ValueError, match="quantized itself"):
         metrics.record(quantized, text, tokenizer)
     metrics.evaluate(quantized, model, text, tokenizer, n_tokens=300)
+    other = type(model)(type(model.config)(vocab_size=2048, hidden_size=64, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="512 logits a token, reference with 2048: .* not one"):
+        metrics.evaluate(quantized, other, text, tokenizer, n_tokens=300)
 
 
 def test_wrong_arguments_are_named(stories, tmp_path):

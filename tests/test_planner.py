@@ -139,6 +139,7 @@ def test_all_that_fits_stays_in_float():
     plan = gpu_poor.plan(model, 1.0, dry_run=False, verbose=False, sample_inputs=tokens())
     assert not plan.overrides and plan.predicted_kl == 0 and plan.gap == 0
     assert plan.measured_bytes == plan.predicted_bytes == plan.original_bytes
+    assert "the model fits as it is" in str(plan)
     assert not any(isinstance(m, gpu_poor.nn.QuantizedModule) for m in model.modules())
 
 

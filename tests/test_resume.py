@@ -49,6 +49,7 @@ def test_a_killed_calibration_goes_on(name, strategy, tmp_path, monkeypatch):
     runs.insert(0, "")  # so that no length is 1 any more
     quantize(model, 4, **options, work_folder=tmp_path / "work")
     assert len(runs) == 3 and runs[1] != runs[2]  # the first block was not done again
+    assert "an earlier run, in work_folder: 1" in str(model.gpu_poor_receipt)
     assert torch.equal(logits(model), expected)
 
 
@@ -74,6 +75,9 @@ def test_damage_is_named(name, tmp_path):
 
 
 def test_no_temporary_file_is_left(tmp_path):
+    strays = ".hidden-states.safetensors.123", ".block-0000.safetensors.9", ".job.json.7", ".tmpOExm5J"
+    for stray in strays:
+        (tmp_path / stray).write_text("of a process that was killed while it wrote")
     quantize(make_model("llama"), 4, sample_inputs=SAMPLES, work_folder=tmp_path, verbose=False)
     names = {path.name for path in tmp_path.iterdir()}
     blocks = {"block-0000.safetensors", "block-0001.safetensors"}

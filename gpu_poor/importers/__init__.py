@@ -25,6 +25,8 @@ def find(path: str | Path) -> Source | None:
     if path.is_file():
         importer = IMPORTERS.get(path.suffix.lower())
         return None if importer is None else importer(path)
+    if path.suffix.lower() in IMPORTERS and not path.exists():
+        raise ValueError(f"{path}: there is no such file")
     if not (path / "config.json").is_file():
         return None
     config = read_json(path / "config.json")

@@ -1,14 +1,7 @@
 """HOW the numbers of a quantized weight are chosen: see :mod:`gpu_poor.strategies.base`."""
 
-from gpu_poor.strategies import (  # noqa: F401 - they register
-    absmax,
-    awq,
-    equalize,
-    gptq,
-    hqq,
-    mse,
-    smoothquant,
-)
+from gpu_poor.strategies.absmax import Absmax
+from gpu_poor.strategies.awq import Awq
 from gpu_poor.strategies.base import (
     STRATEGIES,
     Inputs,
@@ -20,14 +13,25 @@ from gpu_poor.strategies.base import (
     recipe,
     register,
 )
-from gpu_poor.strategies.mse import MSE
+from gpu_poor.strategies.equalize import Equalize
+from gpu_poor.strategies.gptq import Gptq
+from gpu_poor.strategies.hqq import Hqq
+from gpu_poor.strategies.mse import MSE, Mse
+from gpu_poor.strategies.smoothquant import SmoothQuant
 
 __all__ = [
     "MSE",
     "STRATEGIES",
+    "Absmax",
+    "Awq",
+    "Equalize",
+    "Gptq",
+    "Hqq",
     "Inputs",
+    "Mse",
     "Recipe",
     "Rounding",
+    "SmoothQuant",
     "Smoothing",
     "Strategies",
     "Strategy",
