@@ -75,8 +75,8 @@ def test_damage_is_named(name, tmp_path):
 
 
 def test_no_temporary_file_is_left(tmp_path):
-    strays = ".hidden-states.safetensors.123", ".block-0000.safetensors.9", ".job.json.7", ".tmpOExm5J"
-    for stray in strays:
+    strays = ".hidden-states.safetensors.123", ".block-0000.safetensors.9", ".job.json.7"
+    for stray in (*strays, ".tmpOExm5J"):
         (tmp_path / stray).write_text("of a process that was killed while it wrote")
     quantize(make_model("llama"), 4, sample_inputs=SAMPLES, work_folder=tmp_path, verbose=False)
     names = {path.name for path in tmp_path.iterdir()}

@@ -163,7 +163,7 @@ def recipe(strategies: Strategies, calibrated: bool) -> Recipe:
     for each in strategies:
         if isinstance(each, str) and each in STRATEGIES:
             each = STRATEGIES[each]()
-        if not isinstance(each, Strategy) or STRATEGIES.get(each.name) is not type(each):
+        if not isinstance(each, Strategy) or each.name not in STRATEGIES:
             known = ", ".join(STRATEGIES)
             raise ValueError(f"strategy must be one of {known}, or several, got {each!r:.80}")
         kind = Smoothing if isinstance(each, Smoothing) else Rounding
