@@ -101,6 +101,7 @@ def make_it_work_hybrid(
         sample_inputs=sample_inputs,
         tokenizer=tokenizer,
         quantize_embeddings=quantize_embeddings,
+        progress=progress,
         **patterns,
     )
     if plan_path is not None:

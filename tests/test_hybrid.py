@@ -72,6 +72,15 @@ def test_bits_instead_of_a_plan():
     assert not hasattr(model, "gpu_poor_plan")
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_for_every_step(progress, monkeypatch, capsys):
+    monkeypatch.setattr("gpu_poor.sensitivity.PROGRESS_DELAY_S", 0)
+    options = dict(memory_target=0.3, progress=progress, verbose=False)
+    make_it_work_hybrid(make_model("llama"), tokens(), **options)
+    shown = capsys.readouterr().err
+    assert ("looking at text" in shown) == ("calibrating" in shown) == progress
+
+
 def test_embeddings_may_stay():
     model = make_model("llama")
     make_it_work_hybrid(model, memory_target=0.6, quantize_embeddings=False, verbose=False)
