@@ -22,6 +22,7 @@ PARTS = {
     "quality": ["benchmarks.quality"],
     "strategies": ["benchmarks.strategies"],
     "planning": ["benchmarks.planning"],
+    "calibration": ["benchmarks.calibration"],
     "memory": ["benchmarks.memory"],
     "peers": ["benchmarks.peers", "run"],
 }

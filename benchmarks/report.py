@@ -17,7 +17,10 @@ from benchmarks.plot import svg
 from benchmarks.report_goals import all_goals, ours
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("machine", "kernels", "model", "memory", "quality", "strategies", "planning", "peers")
+PARTS = (
+    "machine", "kernels", "model", "memory", "quality", "strategies", "planning", "calibration",
+    "peers",
+)  # fmt: skip
 MARKERS = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -113,7 +116,7 @@ make results                                         # this file and the README'
 ```
 
 One part alone: `python -m benchmarks.kernels` (or `machine`, `model`, `memory`, `quality`,
-`planning`, `peers run`); each has `--quick` and `--help`.
+`strategies`, `planning`, `calibration`, `peers run`); each has `--quick` and `--help`.
 """
 
 

@@ -217,9 +217,23 @@ def strategies(record: dict | None) -> Iterator[Goal]:
              for r in record.get("peers", [])]  # fmt: skip
     yield from at_most(
         "mean KL without data, over a rival's at as many bits", [p for p in peers if p[1]],
-        lambda p: p[1] / p[0]["quality"]["kl_mean"], 1.0, times,
+        lambda p: p[1] / p[0]["quality"]["kl_mean"], 1.0, "{:.3f}x".format,
         lambda p: f"{p[0]['peer']}, {p[0]['model']}",
     )  # fmt: skip
+
+
+def calibration(record: dict | None) -> Iterator[Goal]:
+    if not record:
+        return
+    for how, limit in (("mse", 60), ("gptq", 1200)):
+        yield from at_most(f"quantize(bits=4) by {how}, seconds",
+                           [r for r in record["rows"] if r["strategy"] == how],
+                           lambda r: r["seconds"], limit, "{:.0f} s".format,
+                           lambda r: f"{r['shape']}, {r['tokens']} tokens")  # fmt: skip
+    yield from at_most("gptq, peak above the quantized model and one block in float32",
+                       [r for r in record["rows"] if r["strategy"] == "gptq"],
+                       lambda r: r["above"] / 1e9, 1.0, "{:.2f} GB".format,
+                       lambda r: r["shape"])  # fmt: skip
 
 
 def all_goals(records: dict[str, dict | None]) -> list[Goal]:
@@ -230,4 +244,5 @@ def all_goals(records: dict[str, dict | None]) -> list[Goal]:
         *quality(records["quality"]),
         *strategies(records["strategies"]),
         *planning(records["planning"]),
+        *calibration(records["calibration"]),
     ]

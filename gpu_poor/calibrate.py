@@ -24,6 +24,7 @@ from gpu_poor import memory, ops
 from gpu_poor.chains import find_chains
 from gpu_poor.folds import Decided, Fold, find_folds, tied_modules
 from gpu_poor.nn.base import Stored, quantize_rows
+from gpu_poor.ops.common import correction_dtype
 from gpu_poor.plan import Plan, Target, block_list
 from gpu_poor.resume import WorkFolder, fingerprint
 from gpu_poor.strategies import Inputs, Recipe
@@ -329,7 +330,7 @@ class _BlockWork:
         k = self.targets[name].rows()["weight"].shape[1]
         gram, drift = torch.zeros(k, k), torch.zeros(k, k)
         absmax, n = torch.zeros(k), 0
-        dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        dtype = correction_dtype()
         for exact, quantized in zip(stream.exact, stream.quantized, strict=True):
             x = _input_of(stream, i, twin, name, quantized)
             n += x.shape[0]

@@ -46,10 +46,10 @@ class WorkFolder:
                     f"{self.folder} holds the state of another calibration (model, data or options "
                     "differ): pass another folder, or empty this one"
                 )
-        ours = (f".{file}.[0-9]*" for file in (JOB, STREAMS, "block-*"))
-        for pattern in (*ours, ".tmp??????"):  # the last is how safetensors names its own
-            for stray in self.folder.glob(pattern):  # of a run that was killed while it wrote
-                stray.unlink()
+            # Of a run that was killed while it wrote; the last is how safetensors names its own.
+            for pattern in (f".{JOB}.*", f".{STREAMS}.*", ".block-*.*", ".tmp??????"):
+                for stray in self.folder.glob(pattern):
+                    stray.unlink()
         _write(path, lambda name: Path(name).write_text(json.dumps({"job": job}) + "\n"))
 
     def save(

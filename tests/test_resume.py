@@ -75,15 +75,14 @@ def test_damage_is_named(name, tmp_path):
 
 
 def test_no_temporary_file_is_left(tmp_path):
-    strays = (
-        ".hidden-states.safetensors.123",
-        ".block-0000.safetensors.9",
-        ".job.json.7",
-        ".tmpOExm5J",
-    )
+    options = dict(sample_inputs=SAMPLES, work_folder=tmp_path, verbose=False)
+    (tmp_path / ".tmpOExm5J").write_text("somebody else's, for the folder is not ours yet")
+    quantize(make_model("llama"), 4, **options)
+    assert (tmp_path / ".tmpOExm5J").exists()
+    strays = ".hidden-states.safetensors.123", ".block-0000.safetensors.9", ".job.json.7"
     for stray in strays:
         (tmp_path / stray).write_text("of a process that was killed while it wrote")
-    quantize(make_model("llama"), 4, sample_inputs=SAMPLES, work_folder=tmp_path, verbose=False)
+    quantize(make_model("llama"), 4, **options)
     names = {path.name for path in tmp_path.iterdir()}
     blocks = {"block-0000.safetensors", "block-0001.safetensors"}
     assert names == {"job.json", "hidden-states.safetensors"} | blocks

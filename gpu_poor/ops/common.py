@@ -22,6 +22,12 @@ Q_MAX = {8: 127, 16: 32384}
 TINY = 1e-30
 
 
+def correction_dtype() -> torch.dtype:
+    """For products that are small beside what they are added to: bfloat16 where it is native."""
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 def check_float(op: str, argument: str, dtype: torch.dtype) -> None:
     torch._check(
         dtype in FLOATS,

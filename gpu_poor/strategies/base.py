@@ -10,7 +10,7 @@ Adding one is one file and one ``register``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -42,6 +42,8 @@ class Inputs:
     drift: Tensor
     absmax: Tensor
     n_tokens: int
+    #: What a rounding has made of the Gram matrix, for the next linear that reads x.
+    factored: dict = field(default_factory=dict, repr=False)
 
     def divided_by(self, factors: Tensor) -> "Inputs":
         """Those of the same layer once its inputs are divided by ``factors``, ``[K]``."""
@@ -161,7 +163,7 @@ def recipe(strategies: Strategies, calibrated: bool) -> Recipe:
     for each in strategies:
         if isinstance(each, str) and each in STRATEGIES:
             each = STRATEGIES[each]()
-        if not isinstance(each, Strategy):
+        if not isinstance(each, Strategy) or each.name not in STRATEGIES:
             known = ", ".join(STRATEGIES)
             raise ValueError(f"strategy must be one of {known}, or several, got {each!r:.80}")
         kind = Smoothing if isinstance(each, Smoothing) else Rounding

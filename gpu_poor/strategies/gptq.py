@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gpu_poor import ops
 from gpu_poor.formats import Format
+from gpu_poor.ops.common import correction_dtype
 from gpu_poor.strategies.base import Inputs, Numbers, Rounding, register
 
 
@@ -41,11 +42,12 @@ class Gptq(Rounding):
     def quantize(self, rows: Tensor, form: Format, inputs: Inputs | None = None) -> Numbers:
         if form.levels is None:
             return Numbers(*form.quantize(rows))
-        gram, inverse, factor = self._factor(inputs.gram)
+        gram, factor = self._factor(inputs)
         target = rows.float()
-        if self.correction:
-            target = target + self.correction * (target @ inputs.drift) @ inverse
-        del inverse
+        if self.correction:  # H^-1 = U^T U
+            dtype = correction_dtype()
+            u, shift = factor.to(dtype), target.to(dtype) @ inputs.drift.to(dtype)
+            target = target + self.correction * (shift @ u.T @ u).float()
         levels, scale = ops.gptq(
             target.contiguous(),
             gram,
@@ -60,23 +62,33 @@ class Gptq(Rounding):
             scale = torch.full_like(scale, torch.nan)
         return Numbers(*form.encode(levels, scale))
 
-    def _factor(self, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The damped gram matrix H, its inverse, and U with ``U^T U = H^-1``."""
-        if not bool(gram.isfinite().all()):
+    def _factor(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The damped Gram matrix H, and U, upper triangular, with ``U^T U = H^-1``.
+
+        Kept with the inputs, which several linears share.
+        """
+        if self.damp in inputs.factored:
+            return inputs.factored[self.damp]
+        if not bool(inputs.gram.isfinite().all()):
             raise ValueError("its inputs hold a NaN or an infinity")
-        mean = gram.diagonal().mean()
+        mean = inputs.gram.diagonal().mean()
         if not mean > 0:
             raise ValueError("its inputs are all zero: the Gram matrix is singular")
-        damped = gram.clone()
+        damped = inputs.gram.clone()
         # A channel that is always zero asks for nothing, but must not divide by nothing.
         damped.diagonal().add_(self.damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        inverse = torch.cholesky_inverse(lower)
+        # With rows and columns reversed, L L^T = H is R R^T = H, R upper triangular, and U = R^-1:
+        # one factorization and one solution in place of an inverse between two factorizations.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        upper = lower.flip(0, 1)
         del lower
-        factor, failed_too = torch.linalg.cholesky_ex(inverse, upper=True)
-        if int(failed) or int(failed_too):
+        if not int(failed):
+            eye = torch.eye(len(upper))
+            factor = torch.linalg.solve_triangular(upper, eye, upper=True)
+        if int(failed) or not bool(factor.isfinite().all()):
             raise ValueError(
                 f"the Gram matrix of its inputs is singular even with damp={self.damp:g}: use more "
                 "calibration data or a larger damp"
             )
-        return damped, inverse, factor
+        inputs.factored[self.damp] = damped, factor
+        return damped, factor

@@ -299,6 +299,44 @@ static void check_grouped_quantize(const gp_impl *impl, int64_t rows, int64_t K,
     }
 }
 
+static void check_gptq(const gp_impl *impl, int64_t K, int bits, int64_t group, int asym)
+{
+    const size_t lanes = 16 * sizeof(float), groups = (size_t)((K + group - 1) / group);
+    const int low = asym ? 0 : -(1 << (bits - 1));
+    for (int at_start = 0; at_start < 2; at_start++) {
+        float *gram = guarded((size_t)(K * K) * 4, at_start);
+        float *factor = guarded((size_t)(K * K) * 4, at_start);
+        float *w = guarded((size_t)K * lanes, at_start), *q = guarded((size_t)K * lanes, at_start);
+        float *grids = guarded(2 * groups * lanes, at_start);
+        float *scratch = guarded(2 * (size_t)K * lanes, at_start);
+        float *start = malloc((size_t)K * lanes), *want = malloc((size_t)K * lanes);
+        float *want_grids = malloc(2 * groups * lanes);
+        fill_floats(start, GP_F32, K * 16);
+        for (int64_t i = 0; i < K; i++) {
+            for (int64_t j = 0; j < K; j++) {
+                const float v = 0.1f * random_float() / (float)K;
+                gram[i * K + j] = gram[j * K + i] = i == j ? 1 + fabsf(v) : v;
+                factor[i * K + j] = i == j ? 1 + fabsf(v) : i < j ? v : 0;
+            }
+        }
+        gp_gptq a = {K, group, low, low + (1 << bits) - 1, asym, group <= GP_GROUP_MAX, 2,
+                     gram, factor, w, want, want_grids, scratch};
+        memcpy(w, start, (size_t)K * lanes);
+        ref->gptq_panel(&a);
+        memcpy(w, start, (size_t)K * lanes);
+        a.q = q, a.grids = grids;
+        impl->gptq_panel(&a);
+        CHECK(memcmp(q, want, (size_t)K * lanes) == 0 &&
+                  memcmp(grids, want_grids, 2 * groups * lanes) == 0,
+              "%s gptq_panel K %ld bits %d group %ld asym %d", impl->name, (long)K, bits,
+              (long)group, asym);
+        free(start);
+        free(want);
+        free(want_grids);
+        release_all();
+    }
+}
+
 static void check_rows(const gp_impl *impl, int64_t K, gp_dtype type)
 {
     for (int at_start = 0; at_start < 2; at_start++) {
@@ -379,8 +417,11 @@ int main(void)
                         check_quantize(&table, (gp_dtype)type, K, planes, special);
                 check_rows(&table, K, (gp_dtype)type);
             }
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < 4; i++) {
                 check_grouped_quantize(&table, 1 + s % 16, K, i < 2 ? 4 : 8, 32 * (1 + s % 4), i % 2);
+                check_gptq(&table, K, i < 2 ? 4 : 8, 32 * (1 + s % 5), i % 2);
+            }
+                if (K <= 300) check_gptq(&table, K, i < 2 ? 4 : 8, 32 * (1 + s % 5), i % 2);
             for (int t = 0; t < (int)(sizeof(tokens) / sizeof(*tokens)); t++) {
                 for (int o = 0; o < (int)(sizeof(outs) / sizeof(*outs)); o++) {
                     int odd = (s + t + o) % 3;
