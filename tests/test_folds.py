@@ -167,10 +167,17 @@ class Reads(nn.Module):
             nn.LayerNorm(16),
             nn.Linear(16, 16),
         )
+        self.slice = nn.Linear(8, 16)
         self.how, self.config = how, object()
 
     def forward(self, input_ids, use_cache=False):
         x = self.norm(self.table(input_ids))
+        if self.how == "slice":
+            return self.slice(x[..., :8])
+        if self.how == "in place":
+            x.add_(1)
+        if self.how == "linear again":
+            return self.linear(self.linear(x).tanh())
         y = self.linear(x)
         if self.how == "residual":
             return y + x
@@ -179,7 +186,7 @@ class Reads(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("how", ["residual", "view", "alone"])
+@pytest.mark.parametrize("how", ["residual", "view", "slice", "in place", "linear again", "alone"])
 def test_other_readers_spoil_a_norm(how):
     model = Reads(how)
     folds = find_folds(model, make_plan(model))
