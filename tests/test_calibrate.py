@@ -254,6 +254,15 @@ def test_autocast_makes_no_difference():
         assert_equal(cast.state_dict()[name], value)
 
 
+def test_a_model_quantized_in_inference_mode_has_gradients_through_it():
+    model = make_model("llama")
+    with torch.inference_mode():
+        quantize(model, 4, sample_inputs=rows(20), verbose=False)
+    x = torch.randn(1, 5, model.config.hidden_size, requires_grad=True)
+    model(inputs_embeds=x).logits.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 class Masked(nn.Module):
     def __init__(self):
         super().__init__()

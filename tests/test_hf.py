@@ -376,6 +376,37 @@ def test_streaming_a_tied_model_with_unusual_files(present, tmp_path):
         ({"bits": "8"}, "bits must be 4, 8 or 16"),
         ({"receipt": {}}, "receipt is none"),
         ({"receipt": {"before": {}, "kept": [1], "quality": 1, "remarks": []}}, "receipt is none"),
+        (
+            {
+                "receipt": {
+                    "before": {"linear": float("inf")},
+                    "kept": [],
+                    "quality": "unmeasured",
+                    "remarks": [],
+                }
+            },
+            "receipt is none",
+        ),
+        (
+            {
+                "receipt": {
+                    "before": {},
+                    "kept": [
+                        {
+                            "module_class": "a",
+                            "count": 1,
+                            "n_bytes": "x",
+                            "example": "b",
+                            "reason": "c",
+                        }
+                    ],
+                    "quality": "unmeasured",
+                    "remarks": [],
+                }
+            },
+            "receipt is none",
+        ),
+        ({"activation": ["a16"]}, "activation must be one of"),
         ({"receipt": {"before": {}, "kept": [], "quality": {}, "remarks": []}}, "receipt is none"),
         ({"strategy": ["nothing"]}, "strategy must be one of"),
         ({"strategy": 4}, "strategy must be a name"),
