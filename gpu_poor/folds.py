@@ -145,7 +145,10 @@ def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
         RuntimeError: the model cannot be run without data, so nothing is known of it.
     """
     linears = {name: target for target in plan.targets for name in target.names if target.is_linear}
-    twin = without_data(model)
+    try:
+        twin = without_data(model)
+    except Exception as error:  # what a user has attached to it: a lock, an open file
+        raise RuntimeError(f"{type(model).__name__} cannot be copied: {error}") from error
     found = dict(norms(twin))
     if not found or not linears:
         return []
