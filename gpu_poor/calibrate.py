@@ -36,6 +36,7 @@ CALIBRATION_LENGTH = 512
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # statistics and factorizations are in float32
 def calibrate(
     model: nn.Module,
     plan: Plan,
@@ -235,14 +236,16 @@ class _BlockWork:
         groups = self._groups(stream, i)
         chained = self._chain(stream, i, groups, recipe, by_reader, done)
         for group in groups:
-            reached |= set(group)
             factors = chained.get(group[0])
             inputs = self._inputs(stream, i, twin, group[0], recipe, factors)
+            if inputs is None:
+                continue
             fold = by_reader.get(f"{self.name}.{group[0]}")
             if fold is not None and set(fold.linears) == {f"{self.name}.{n}" for n in group}:
                 factors = self._smooth(twin, fold, group, recipe, inputs, done)
                 if factors is not None:
                     inputs = inputs.divided_by(factors)
+            reached |= set(group)
             for name in group:
                 stored = self._round(name, recipe, inputs, factors, done)
                 target = self.targets[name]
@@ -264,24 +267,26 @@ class _BlockWork:
 
     def _groups(self, stream: _Stream, i: int) -> list[list[str]]:
         """The linears in the order in which they run; those that read one tensor together."""
-        order: list[tuple[str, Tensor]] = []
+        order: dict[str, Tensor] = {}
+
+        def look(name: str, module: nn.Module, args: tuple) -> None:
+            order.setdefault(name, args[0])
+
         handles = [
-            target.module.register_forward_pre_hook(
-                lambda module, args, name=name: order.append((name, args[0]))
-            )
+            target.module.register_forward_pre_hook(partial(look, name))
             for name, target in self.targets.items()
         ]
         try:
-            stream.call(self.block, i, stream.exact[0])
+            for state in stream.exact:  # the first one will do, but where there are experts
+                stream.call(self.block, i, state)
+                if order.keys() == self.targets.keys():
+                    break
         finally:
             for handle in handles:
                 handle.remove()
         groups: dict[tuple, list[str]] = {}
-        taken = set()
-        for name, x in order:
-            if name not in taken:
-                taken.add(name)
-                groups.setdefault(memory.identity(x), []).append(name)
+        for name, x in order.items():
+            groups.setdefault(memory.identity(x), []).append(name)
         return list(groups.values())
 
     def _chain(
@@ -308,6 +313,8 @@ class _BlockWork:
         run = partial(stream.call, twin, i, stream.exact[0])
         for chain in find_chains(twin, order, readers, self.targets, run):
             inputs = self._inputs(stream, i, twin, chain.linear, recipe)
+            if inputs is None:
+                continue
             target = self.targets[chain.linear]
             rows = target.rows()["weight"]
             gain = torch.ones(rows.shape[1])
@@ -325,24 +332,33 @@ class _BlockWork:
         name: str,
         recipe: Recipe,
         factors: Tensor | None = None,
-    ) -> Inputs:
-        """Statistics of what a linear of the twin reads: in the float model divided by factors."""
+    ) -> Inputs | None:
+        """Statistics of what a linear of the twin reads: in the float model divided by factors.
+
+        None if it reads nothing: an expert that the quantized stream does not reach.
+        """
         k = self.targets[name].rows()["weight"].shape[1]
         gram, drift = torch.zeros(k, k), torch.zeros(k, k)
         absmax, n = torch.zeros(k), 0
         dtype = correction_dtype()
         for exact, quantized in zip(stream.exact, stream.quantized, strict=True):
             x = _input_of(stream, i, twin, name, quantized)
+            if x is None or not len(x):
+                continue
             n += x.shape[0]
             absmax = torch.maximum(absmax, ops.channel_stats(x)[0])
             if recipe.needs_gram:
                 ops.gram_(gram, x)
                 # The drift is small, and so is what bfloat16 loses of it.
                 wanted = _input_of(stream, i, self.block, name, exact)
+                if wanted is None or not len(x) == len(wanted) == exact[..., 0].numel():
+                    continue  # an expert's: the streams may differ in the tokens that they send it
                 if factors is not None:
                     wanted = wanted / factors.to(wanted.dtype)
                 shift = (wanted - x).to(dtype)
                 drift += shift.T @ x.to(dtype)
+        if not n:
+            return None
         if not bool(absmax.isfinite().all()):
             raise ValueError(f"the inputs of {self.name}.{name} are not finite")
         return Inputs(gram.div_(n), drift.div_(n), absmax, n)
@@ -394,8 +410,10 @@ def _put(block: nn.Module, name: str, module: nn.Module) -> None:
     setattr(block.get_submodule(parent), child, module)
 
 
-def _input_of(stream: _Stream, i: int, block: nn.Module, name: str, hidden: Tensor) -> Tensor:
-    """What a linear of the block reads, as rows ``[M, K]``."""
+def _input_of(
+    stream: _Stream, i: int, block: nn.Module, name: str, hidden: Tensor
+) -> Tensor | None:
+    """What a linear of the block reads, as rows ``[M, K]``; None if it does not run."""
     found: list[Tensor] = []
 
     def hook(module, args):
@@ -409,4 +427,4 @@ def _input_of(stream: _Stream, i: int, block: nn.Module, name: str, hidden: Tens
         pass
     finally:
         handle.remove()
-    return found[0].reshape(-1, found[0].shape[-1])
+    return found[0].reshape(-1, found[0].shape[-1]) if found else None

@@ -153,7 +153,10 @@ def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
         RuntimeError: the model cannot be run without data, so nothing is known of it.
     """
     linears = {name: target for target in plan.targets for name in target.names if target.is_linear}
-    twin = without_data(model)
+    try:
+        twin = without_data(model)
+    except Exception as error:  # what a user has attached to it: a lock, an open file
+        raise RuntimeError(f"{type(model).__name__} cannot be copied: {error}") from error
     found = dict(norms(twin))
     if not found or not linears:
         return []
@@ -164,7 +167,7 @@ def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
         if name in found:
             handles.append(module.register_forward_hook(_after_norm(watch, name)))
         elif name in linears:
-            handles.append(module.register_forward_pre_hook(_before_linear(watch, name)))
+            handles.append(module.register_forward_pre_hook(_before_linear(watch, twin, name)))
             handles.append(module.register_forward_hook(_after_linear(watch)))
     try:
         with torch.no_grad(), watch:
@@ -178,6 +181,8 @@ def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
     barred |= _heads(model, plan)
     for name, readers in watch.readers.items():
         spoiled = name in watch.spoiled or not readers or watch.runs[name] != 1
+        # A linear that reads something else as well, in another call, cannot be multiplied.
+        spoiled |= any(watch.runs[r] != readers.count(r) for r in readers)
         if spoiled or any(id(linears[r].module) in barred for r in readers):
             continue
         if (offset := gain_offset(model.get_submodule(name))) is not None:
@@ -204,11 +209,14 @@ def gain_offset(norm: nn.Module) -> float | None:
 
 
 def _gain_offset(norm: nn.Module) -> float | None:
-    memo = {id(p): nn.Parameter(torch.rand(p.shape) + 0.5, False) for p in norm.parameters()}
+    exact = dict(dtype=torch.float32)  # while transformers loads, the default is the model's
+    memo = {
+        id(p): nn.Parameter(torch.rand(p.shape, **exact) + 0.5, False) for p in norm.parameters()
+    }
     try:
         before = copy.deepcopy(norm, memo).to("cpu")
         k = before.weight.shape[0]
-        x = torch.linspace(-2, 3, 2 * k).cos().view(2, k)
+        x = torch.linspace(-2, 3, 2 * k, **exact).cos().view(2, k)
         factors = torch.arange(k).remainder(3).float().exp2()
         for offset in (0.0, 1.0):
             after = copy.deepcopy(before)
@@ -275,6 +283,7 @@ class _Watch(TorchDispatchMode):
         self.outputs: dict[int, str] = {}
         self.alive: list[Tensor] = []
         self.readers: dict[str, list[str]] = {}
+        #: How often each norm and each linear has run.
         self.runs: dict[str, int] = {}
         self.spoiled: set[str] = set()
         self.inside: str | None = None
@@ -284,6 +293,9 @@ class _Watch(TorchDispatchMode):
             # A model asks what its mask or its positions are like: nothing out of the ordinary.
             return False if args[0].dtype == torch.bool else 0
         out = func(*args, **(kwargs or {}))
+        for value, argument in zip(args, func._schema.arguments, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.spoiled.add(self.outputs.get(_storage(value), ""))
         read = {self.outputs.get(_storage(t)) for t in tree_leaves((args, kwargs))} - {None}
         for norm in read - {self.inside}:
             if any(self.outputs.get(_storage(t)) != norm for t in tree_leaves(out)):
@@ -295,10 +307,18 @@ def _storage(value) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
+def _has_channels_of(module: nn.Module, tensor: Tensor) -> bool:
+    """Whether the last dimension is all of a norm's channels, and no view has moved them."""
+    k = module.weight.shape[0]
+    steps = [s for s, n in zip(tensor.stride()[:-1], tensor.shape, strict=False) if n > 1]
+    aligned = all(step % k == 0 for step in (tensor.storage_offset(), *steps))
+    return tensor.shape[-1] == k and tensor.stride(-1) == 1 and aligned
+
+
 def _after_norm(watch: _Watch, name: str):
     def hook(module, args, output):
         watch.runs[name] = watch.runs.get(name, 0) + 1
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and _has_channels_of(module, output):
             watch.outputs[_storage(output)] = name
             watch.alive.append(output)
             watch.readers.setdefault(name, [])
@@ -306,10 +326,11 @@ def _after_norm(watch: _Watch, name: str):
     return hook
 
 
-def _before_linear(watch: _Watch, name: str):
+def _before_linear(watch: _Watch, twin: nn.Module, name: str):
     def hook(module, args):
+        watch.runs[name] = watch.runs.get(name, 0) + 1
         norm = watch.outputs.get(_storage(args[0])) if args else None
-        if norm is not None:
+        if norm is not None and _has_channels_of(twin.get_submodule(norm), args[0]):
             watch.readers[norm].append(name)
             watch.inside = norm
 

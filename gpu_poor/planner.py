@@ -28,6 +28,8 @@ from gpu_poor.sensitivity import Fisher, RoundTrip, Unit, fisher, losses, neares
 
 #: Of sample_inputs, tokens that are looked at: more change predictions by a few per cent.
 N_TOKENS = 4096
+#: Of targets, in bytes: what is reckoned with fits 64 bits.
+LARGEST = 2**62
 #: What a unit of bytes stands for; "%" is of the original.
 UNITS = {"B": 1} | {
     f"{letter}{i}B": base**power
@@ -176,6 +178,8 @@ def parse_target(memory_target: float | int | str, original: int) -> int:
         )
     if value < 1:
         raise ValueError(f"memory_target must be above 0, got {memory_target!r}")
+    if value > LARGEST:
+        raise ValueError(f"memory_target must be at most {LARGEST} bytes: give what there is")
     return int(value)
 
 

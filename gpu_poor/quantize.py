@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 PROGRESS_DELAY_S = 1.0
 
 
+@torch.inference_mode(False)  # what is made in that mode would have no gradient through it
 def quantize(
     model: nn.Module,
     bits: int = 8,
@@ -152,14 +153,14 @@ def quantize(
             receipt.quality = _measure(model, recording, max_kl)
         if _is_transformers_model(model):
             hf.keep_receipt(model, receipt)
+        model.gpu_poor_receipt = receipt
     del plan, quantized, done  # the last reference to the float weights
     with suppress(Exception):  # memory that is not given back is no reason to fail now
         memory.leave_files(model)
         memory.trim()
     receipt.seconds = time.perf_counter() - started
-    model.gpu_poor_receipt = receipt
     if verbose:
-        print(model.gpu_poor_receipt)
+        print(receipt)
     return model
 
 
@@ -220,7 +221,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 def check_options(bits: int, activation: str, overrides: Overrides = None) -> None:
     """Raise ValueError unless all are known."""
     check_formats(bits, overrides)
-    if activation not in ops.ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ops.ACTIVATIONS:
         modes = ", ".join(ops.ACTIVATIONS)
         raise ValueError(f"activation must be one of {modes}, got {activation!r}")
 

@@ -180,13 +180,13 @@ def check_saved(saved: object) -> dict:
             quality = {str(name): value for name, value in quality.items()}
             if not all(isinstance(value, int | float | str) for value in quality.values()):
                 raise ValueError("quality holds more than numbers")
-            str(Receipt("", {}, "", "", {}, {}, {}, quality=quality))
         if set(before) - set(memory.CLASSES):
             raise ValueError("bytes of unknown classes")
         remarks = [str(remark) for remark in saved["remarks"]]
         imported = [Imported(**each) for each in saved.get("imported", [])]
-        summarize(imported)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        # All of it will be printed.
+        str(Receipt("", {}, "", "", {}, before, before, kept, remarks, quality, imported=imported))
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"receipt is none: {error!r:.200}") from error
     return {
         "model": str(saved.get("model")),

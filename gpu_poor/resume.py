@@ -132,7 +132,7 @@ class WorkFolder:
 def fingerprint(
     model: nn.Module, plan: Plan, recipe: Recipe, rows: list[Tensor], activation: str
 ) -> str:
-    """Tells one calibration from another: options, data, and some values of every weight."""
+    """Tells one calibration from another: options, data, and some values of every parameter."""
     digest = hashlib.sha256()
     options = [type(model).__name__, activation]
     options += [f"{part.name} {vars(part)}" for part in recipe if part is not None]
@@ -141,9 +141,9 @@ def fingerprint(
     digest.update(json.dumps(options).encode())
     for row in rows:
         digest.update(row.contiguous().numpy().tobytes())
-    for target in plan.targets:
-        for weight in target.weights().values():
-            digest.update(weight.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    for parameter in model.parameters():  # norms and biases change the activations, too
+        some = parameter.detach().flatten()[:256].float().cpu()
+        digest.update(some.numpy().tobytes())
     return digest.hexdigest()
 
 

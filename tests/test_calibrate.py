@@ -232,6 +232,52 @@ def test_linears_that_no_text_reaches_are_named():
     assert isinstance(model.layers[0].unused, QuantizedModule)
 
 
+class Routed(nn.Module):
+    """A block of experts that are linears of their own; a text reaches some of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(32, 4)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, hidden_states):
+        x = hidden_states.flatten(0, 1)
+        routes, y = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            if len(at := (routes == i).nonzero()[:, 0]):
+                y[at] = expert(x[at])
+        return hidden_states + y.view_as(hidden_states)
+
+
+@pytest.mark.parametrize("strategy", ["gptq", ("awq", "mse")])
+def test_experts_that_are_linears_see_their_own_tokens(strategy):
+    model = Decoder([Routed() for _ in range(3)])
+    data = rows(*range(1, 30))
+    expected = model(data[-1])
+    quantize(model, 4, strategy=strategy, sample_inputs=data, verbose=False, allow_partial=True)
+    assert not any("reached" in remark for remark in model.gpu_poor_receipt.remarks)
+    assert (model(data[-1]) - expected).norm() < 0.5 * expected.norm()
+
+
+def test_autocast_makes_no_difference():
+    plain, cast = Decoder([Optional(), Optional()]), Decoder([Optional(), Optional()])
+    cast.load_state_dict(plain.state_dict())
+    quantize(plain, 4, sample_inputs=rows(20), verbose=False, allow_partial=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quantize(cast, 4, sample_inputs=rows(20), verbose=False, allow_partial=True)
+    for name, value in plain.state_dict().items():
+        assert_equal(cast.state_dict()[name], value)
+
+
+def test_a_model_quantized_in_inference_mode_has_gradients_through_it():
+    model = make_model("llama")
+    with torch.inference_mode():
+        quantize(model, 4, sample_inputs=rows(20), verbose=False)
+    x = torch.randn(1, 5, model.config.hidden_size, requires_grad=True)
+    model(inputs_embeds=x).logits.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 class Masked(nn.Module):
     def __init__(self):
         super().__init__()

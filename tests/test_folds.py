@@ -1,6 +1,7 @@
 """Folding leaves the float function as it is, for every architecture."""
 
 import copy
+import threading
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import MODELS, logits, make_model, tokens
 from helpers import assert_equal
 from torch import nn
 
+from gpu_poor import quantize
 from gpu_poor.chains import Chain, find_chains
 from gpu_poor.folds import find_folds, gain_offset, norms
 from gpu_poor.plan import block_list, make_plan
@@ -167,10 +169,17 @@ class Reads(nn.Module):
             nn.LayerNorm(16),
             nn.Linear(16, 16),
         )
+        self.slice = nn.Linear(8, 16)
         self.how, self.config = how, object()
 
     def forward(self, input_ids, use_cache=False):
         x = self.norm(self.table(input_ids))
+        if self.how == "slice":
+            return self.slice(x[..., :8])
+        if self.how == "in place":
+            x.add_(1)
+        if self.how == "linear again":
+            return self.linear(self.linear(x).tanh())
         y = self.linear(x)
         if self.how == "residual":
             return y + x
@@ -179,7 +188,7 @@ class Reads(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("how", ["residual", "view", "alone"])
+@pytest.mark.parametrize("how", ["residual", "view", "slice", "in place", "linear again", "alone"])
 def test_other_readers_spoil_a_norm(how):
     model = Reads(how)
     folds = find_folds(model, make_plan(model))
@@ -198,6 +207,15 @@ def test_a_model_that_cannot_be_traced_says_so():
     model = Odd()
     with pytest.raises(RuntimeError, match="Odd cannot be run without data.*no data"):
         find_folds(model, make_plan(model))
+
+
+def test_a_model_that_cannot_be_copied_is_quantized_unsmoothed():
+    model = make_model("llama")
+    model.lock = threading.Lock()
+    model.model.layers[0].input_layernorm.weight.data[3] = 40
+    quantize(model, verbose=False)
+    remarks = model.gpu_poor_receipt.remarks
+    assert any("left the norms alone: LlamaForCausalLM cannot be copied" in r for r in remarks)
 
 
 class Shifted(nn.LayerNorm):

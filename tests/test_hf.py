@@ -11,6 +11,7 @@ from conftest import MODELS, logits, make_model, tokens
 
 import gpu_poor
 from gpu_poor import GpuPoorConfig, memory, quantize
+from gpu_poor.folds import norms
 from gpu_poor.plan import formats_of
 
 transformers = pytest.importorskip("transformers")
@@ -66,6 +67,23 @@ def test_quantizing_while_loading_equals_in_memory(model_name, bits, tmp_path):
     streamed.save_pretrained(tmp_path / "int8")
     loaded = load_class(model_name).from_pretrained(tmp_path / "int8")
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_streaming_evens_out_gains_as_in_memory(model_name, dtype, tmp_path):
+    """Whatever default dtype transformers sets while it builds the skeleton."""
+    model = make_model(model_name)
+    with torch.no_grad():
+        for _, norm in norms(model):
+            norm.weight[3], norm.weight[9] = 40, -20
+    model.save_pretrained(tmp_path)
+    model = load_class(model_name).from_pretrained(tmp_path, dtype=dtype)
+    quantize(model, 4, verbose=False)
+    streamed = load_class(model_name).from_pretrained(
+        tmp_path, dtype=dtype, quantization_config=GpuPoorConfig(4)
+    )
+    assert gpu_poor.receipt(streamed).remarks == gpu_poor.receipt(model).remarks
+    assert torch.equal(logits(streamed), logits(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -360,6 +378,37 @@ def test_streaming_a_tied_model_with_unusual_files(present, tmp_path):
         ({"bits": "8"}, "bits must be 4, 8 or 16"),
         ({"receipt": {}}, "receipt is none"),
         ({"receipt": {"before": {}, "kept": [1], "quality": 1, "remarks": []}}, "receipt is none"),
+        (
+            {
+                "receipt": {
+                    "before": {"linear": float("inf")},
+                    "kept": [],
+                    "quality": "unmeasured",
+                    "remarks": [],
+                }
+            },
+            "receipt is none",
+        ),
+        (
+            {
+                "receipt": {
+                    "before": {},
+                    "kept": [
+                        {
+                            "module_class": "a",
+                            "count": 1,
+                            "n_bytes": "x",
+                            "example": "b",
+                            "reason": "c",
+                        }
+                    ],
+                    "quality": "unmeasured",
+                    "remarks": [],
+                }
+            },
+            "receipt is none",
+        ),
+        ({"activation": ["a16"]}, "activation must be one of"),
         ({"receipt": {"before": {}, "kept": [], "quality": {}, "remarks": []}}, "receipt is none"),
         ({"strategy": ["nothing"]}, "strategy must be one of"),
         ({"strategy": 4}, "strategy must be a name"),

@@ -362,6 +362,12 @@ def test_damaged_quant_state(state, tmp_path):
         gpu_poor.load(folder)
 
 
+def test_a_config_that_transformers_makes_no_model_of(tmp_path):
+    folder = changed("gptq-sym-g32", tmp_path, config={"hidden_act": "si7u"})
+    with pytest.raises(ValueError, match="gptq-sym-g32 .*no model of its config.*si7u"):
+        gpu_poor.load(folder)
+
+
 def test_act_order_is_refused_unless_asked_for():
     with pytest.raises(ValueError, match="q_proj.weight: it is in act-order.*requantize='int8'"):
         gpu_poor.load(FOREIGN / "gptq-act-order")

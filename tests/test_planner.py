@@ -327,7 +327,7 @@ def test_targets(target, n_bytes):
 @pytest.mark.parametrize(
     "target",
     [0, -1, 0.0, -0.5, 1.5, math.nan, math.inf, True, None, [1], "", "6", "GB", "6 XB", "-6GB",
-     "6e9B", "0MB", "nanGB", "1,5GB"],
+     "6e9B", "0MB", "nanGB", "1,5GB", 10**400, "9" * 400 + "GB", "99999999TB"],
 )  # fmt: skip
 def test_targets_that_are_none(target):
     with pytest.raises(ValueError, match="memory_target must be"):

@@ -63,6 +63,13 @@ def test_another_job_is_refused(tmp_path):
         quantize(model, verbose=False)  # it was left as it was
 
 
+def test_a_model_that_differs_in_its_norms_is_another_one(tmp_path):
+    options = dict(sample_inputs=SAMPLES, work_folder=tmp_path, verbose=False)
+    quantize(make_model("llama"), 4, **options)
+    with pytest.raises(ValueError, match="another calibration"):
+        quantize(outlying("llama"), 4, **options)
+
+
 @pytest.mark.parametrize(
     "name", ["job.json", "hidden-states.safetensors", "block-0000.safetensors"]
 )

@@ -31,7 +31,10 @@ def assemble(
     check_options(8, activation)
     requantize, rest = (None if name is None else formats.find(name) for name in (requantize, rest))
     cls = saved_class(source.config)
-    skeleton = make_skeleton(cls, source.config)
+    try:
+        skeleton = make_skeleton(cls, source.config)
+    except Exception as error:  # whatever transformers does not like about the config
+        raise source.error(f"transformers makes no model of its config: {error!r:.300}") from error
     source.prefix = skeleton.base_model_prefix
     tie_skeleton(skeleton, None)
     records = fill(skeleton, source, activation, requantize, rest)
