@@ -150,7 +150,7 @@ def warn_if_few(rows: list[Tensor]) -> None:
         warnings.warn(
             f"sample_inputs has {n_tokens} token{'s' * (n_tokens != 1)}: calibration on fewer than "
             f"{MIN_CALIBRATION_TOKENS} may be worse than none; use thousands, or leave it out",
-            stacklevel=3,
+            stacklevel=4,  # past quantize, and the wrapper that inference_mode puts around it
         )
 
 
