@@ -8,7 +8,7 @@ from gpu_poor.memory_plan import MemoryPlan
 from gpu_poor.metrics_input import Text
 from gpu_poor.plan import Patterns
 from gpu_poor.planner import plan_memory
-from gpu_poor.quantize import quantize
+from gpu_poor.quantize import check_data, quantize
 from gpu_poor.samples import SampleInputs
 from gpu_poor.strategies import Strategies
 from gpu_poor.strategies.gptq import Gptq
@@ -71,6 +71,9 @@ def make_it_work_hybrid(
     """
     if strategy is None and sample_inputs is not None and smoothing_alpha is not None:
         strategy = [SmoothQuant(smoothing_alpha), Gptq()]
+    check_data(
+        strategy, sample_inputs, work_folder, evaluate_on, max_kl
+    )  # before minutes of planning
     if sample_inputs is not None and not isinstance(sample_inputs, str | dict | list | tuple):
         sample_inputs = _read_once(sample_inputs)
     options = dict(

@@ -111,19 +111,12 @@ def quantize(
     """
     started = time.perf_counter()
     check_options(bits, activation, overrides)
-    how = recipe(strategy, calibrated=sample_inputs is not None)
-    if how.needs_inputs and sample_inputs is None:
-        needy = [part.name for part in how if part is not None and part.needs_inputs]
-        raise ValueError(f"strategy {' and '.join(needy)} needs sample_inputs")
-    if work_folder is not None and sample_inputs is None:
-        raise ValueError("work_folder is for calibration: it needs sample_inputs")
+    how = check_data(strategy, sample_inputs, work_folder, evaluate_on, max_kl)
     check_quantizable(model)
     options = dict(include=include, exclude=exclude, critical_layers=critical_layers)
     options = {
         name: None if value is None else as_patterns(value) for name, value in options.items()
     }
-    if max_kl is not None and evaluate_on is None:
-        raise ValueError("max_kl needs a text to measure on: evaluate_on")
     plan = make_plan(model, **options, bits=bits, overrides=overrides)
     if not allow_partial or not plan.targets:
         check_reduction(model, plan)
@@ -224,6 +217,23 @@ def check_options(bits: int, activation: str, overrides: Overrides = None) -> No
     if not isinstance(activation, str) or activation not in ops.ACTIVATIONS:
         modes = ", ".join(ops.ACTIVATIONS)
         raise ValueError(f"activation must be one of {modes}, got {activation!r}")
+
+
+def check_data(strategy: Strategies, sample_inputs, work_folder, evaluate_on, max_kl) -> Recipe:
+    """The recipe, if it has the data that it and the other options need.
+
+    Raises:
+        ValueError: it has not; or a strategy is unknown.
+    """
+    how = recipe(strategy, calibrated=sample_inputs is not None)
+    if how.needs_inputs and sample_inputs is None:
+        needy = [part.name for part in how if part is not None and part.needs_inputs]
+        raise ValueError(f"strategy {' and '.join(needy)} needs sample_inputs")
+    if work_folder is not None and sample_inputs is None:
+        raise ValueError("work_folder is for calibration: it needs sample_inputs")
+    if max_kl is not None and evaluate_on is None:
+        raise ValueError("max_kl needs a text to measure on: evaluate_on")
+    return how
 
 
 def check_quantizable(model: nn.Module) -> None:

@@ -224,11 +224,12 @@ def make_receipt(
         after=memory.by_class(model),
         kept=kept or [],
         remarks=remarks or [],
-        version=_version(),
+        version=version(),
     )
 
 
-def _version() -> str:
+def version() -> str:
+    """Of this gpu_poor."""
     import gpu_poor  # at last, for it imports this module
 
     return gpu_poor.__version__

@@ -19,6 +19,7 @@ from gpu_poor.chains import Chain
 from gpu_poor.folds import Decided, Fold
 from gpu_poor.nn.base import Stored
 from gpu_poor.plan import Plan, Target
+from gpu_poor.receipt import version
 from gpu_poor.strategies import Recipe
 
 JOB, STREAMS = "job.json", "hidden-states.safetensors"
@@ -132,9 +133,9 @@ class WorkFolder:
 def fingerprint(
     model: nn.Module, plan: Plan, recipe: Recipe, rows: list[Tensor], activation: str
 ) -> str:
-    """Tells one calibration from another: options, data, and some values of every parameter."""
+    """Tells one calibration from another: version, options, data, some values of each parameter."""
     digest = hashlib.sha256()
-    options = [type(model).__name__, activation]
+    options = [version(), type(model).__name__, activation]
     options += [f"{part.name} {vars(part)}" for part in recipe if part is not None]
     options += [f"{t.name} {t.form.name} {tuple(t.module.weight.shape)}" for t in plan.targets
                 if t.is_linear]  # fmt: skip
