@@ -694,17 +694,23 @@ void gram_(const Tensor &acc, const Tensor &x_in)
      * the bottom, which together are as much work as any other pair. */
     constexpr int64_t kStrip = 48; /* a multiple of every implementation's rows per tile */
     const int64_t strips = (K + kStrip - 1) / kStrip;
-    auto strip = [&](int64_t i) {
-        int64_t end = (i + 1) * kStrip;
-        gp.gram(rows, M, K, i * kStrip, end < K ? end : K, out);
-    };
-    parallel((strips + 1) / 2, 1, static_cast<double>(kStrip * K * M / 8),
-             [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; i++) {
-                     strip(i);
-                     if (strips - 1 - i != i) strip(strips - 1 - i);
-                 }
-             });
+    /* So many tokens at a time stay in the caches. 4096 tokens of 5632 columns on two Zen 5 cores: 0.92 s
+     * in chunks of 1024, 1.54 s all at once, 1.25 s in chunks of 256 (acc is read for each). */
+    constexpr int64_t kTokens = 1024;
+    for (int64_t m0 = 0; m0 < M; m0 += kTokens) {
+        const int64_t m = std::min(kTokens, M - m0);
+        auto strip = [&](int64_t i) {
+            int64_t end = (i + 1) * kStrip;
+            gp.gram(rows + m0 * K, m, K, i * kStrip, end < K ? end : K, out);
+        };
+        parallel((strips + 1) / 2, 1, static_cast<double>(kStrip * K * m / 8),
+                 [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; i++) {
+                         strip(i);
+                         if (strips - 1 - i != i) strip(strips - 1 - i);
+                     }
+                 });
+    }
 }
 
 /* Levels int16 [N, K] and float32 [N, groups, 1 or 2] of a weight float32 [N, K]. */
