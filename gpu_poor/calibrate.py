@@ -10,8 +10,6 @@ and one layer's statistics are held at a time; a block's inputs are computed aga
 
 import copy
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,8 @@ from tqdm import tqdm
 
 from gpu_poor import memory, ops
 from gpu_poor.chains import find_chains
-from gpu_poor.folds import Decided, Fold, find_folds, tied_modules
+from gpu_poor.folds import Decided, Fold, folds_for, tied_modules
+from gpu_poor.modules import evaluating, not_finite, put
 from gpu_poor.nn.base import Stored, quantize_rows
 from gpu_poor.ops.common import correction_dtype
 from gpu_poor.plan import Plan, Target, block_list
@@ -63,15 +62,11 @@ def calibrate(
     done.uncalibrated = [
         t.name for t in plan.targets if t.name.startswith(f"{names}.") and not t.is_linear
     ]
-    folds = []
-    if recipe.smoothing is not None:
-        try:
-            folds = find_folds(model, plan)
-        except RuntimeError as error:
-            done.unsmoothed = f"{recipe.smoothing.name} left the norms alone: {error}"
+    folds = folds_for(model, plan, recipe, done)
     with evaluating(model):
         stream = _capture(model, blocks, rows)
-        work = [_BlockWork(model, f"{names}.{i}", plan) for i in range(len(blocks))]
+        tied = tied_modules(plan)
+        work = [_BlockWork(model, f"{names}.{i}", plan, tied) for i in range(len(blocks))]
         bar = tqdm(
             total=sum(w.n_weights for w in work),
             desc="calibrating",
@@ -93,18 +88,6 @@ def calibrate(
                     targets = block_work.targets.values()
                     folder.save(i, targets, done, block_work.name, streams)
     return done
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode for a while."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 # -- the two streams ---------------------------------------------------------------------------
@@ -205,17 +188,16 @@ def _same(a: object, b: object) -> bool:
 class _BlockWork:
     """The linears of one block."""
 
-    def __init__(self, model: nn.Module, name: str, plan: Plan):
+    def __init__(self, model: nn.Module, name: str, plan: Plan, tied: set[int]):
         self.name = name
         self.block = model.get_submodule(name)
         #: ``{name within the block: target}``.
         self.targets = {
-            alias.removeprefix(f"{name}."): target
+            target.name.removeprefix(f"{name}."): target
             for target in plan.targets
-            for alias in target.names[:1]
-            if alias.startswith(f"{name}.") and target.is_linear
+            if target.name.startswith(f"{name}.") and target.is_linear
         }
-        self.tied = tied_modules(plan)
+        self.tied = tied
         self.n_weights = sum(t.module.weight.numel() for t in self.targets.values())
 
     def run(
@@ -252,7 +234,7 @@ class _BlockWork:
                 module = target.kind.from_float(target.module, {"weight": stored}, activation)
                 if (source := done.sources.get(f"{self.name}.{name}")) is not None:
                     source[0].apply(module, source[1])
-                _put(twin, name, module)
+                put(twin, name, module)
                 bar.update(target.module.weight.numel())
         for name in self.targets.keys() - reached:
             done.unreached.append(f"{self.name}.{name}")
@@ -391,9 +373,7 @@ class _BlockWork:
         except ValueError as error:
             raise ValueError(f"{self.name}.{name}: {error}") from error
         if not stored.is_finite():
-            raise ValueError(
-                f"{self.name}.{name}.weight is not finite: it holds a NaN or an infinity"
-            )
+            raise not_finite(f"{self.name}.{name}.weight")
         stored = stored._replace(weight=nn.Parameter(stored.weight, requires_grad=False))
         done.stored[key] = stored
         return stored
@@ -403,11 +383,6 @@ def _sharing_copy(block: nn.Module) -> nn.Module:
     """A copy of the modules whose tensors are the block's own."""
     tensors = [*block.parameters(), *block.buffers()]
     return copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
-
-
-def _put(block: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(block.get_submodule(parent), child, module)
 
 
 def _input_of(

@@ -124,13 +124,8 @@ def smooth(
         for offset in (0.0, 1.0)
     ):
         return done
-    try:
-        folds = find_folds(model, plan)
-    except RuntimeError as error:
-        done.unsmoothed = f"{how.smoothing.name} left the norms alone: {error}"
-        return done
     targets = {name: target for target in plan.targets for name in target.names}
-    for fold in folds:
+    for fold in folds_for(model, plan, how, done):
         if fold.norm not in weights:
             continue
         factors = how.smoothing.factors(
@@ -144,6 +139,18 @@ def smooth(
             every = (alias for name in fold.linears for alias in targets[name].names)
             done.factors |= dict.fromkeys(every, factors)
     return done
+
+
+def folds_for(model: nn.Module, plan: Plan, how: Recipe, done: Decided) -> list[Fold]:
+    """The folds that a recipe may use: none if it does not smooth, or, as ``done`` then says, if
+    nothing is known of the model."""
+    if how.smoothing is None:
+        return []
+    try:
+        return find_folds(model, plan)
+    except RuntimeError as error:
+        done.unsmoothed = f"{how.smoothing.name} left the norms alone: {error}"
+        return []
 
 
 def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:

@@ -15,9 +15,9 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 from gpu_poor import memory
 from gpu_poor.folds import Decided
 from gpu_poor.formats import Format
+from gpu_poor.modules import not_finite
 from gpu_poor.nn import QuantizedModule
 from gpu_poor.nn.base import Stored, empty, quantize_rows
-from gpu_poor.quantize import not_finite
 from gpu_poor.strategies import Recipe, recipe
 
 #: Give freed memory back each time this many bytes of float weights have been quantized.

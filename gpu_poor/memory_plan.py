@@ -5,9 +5,7 @@
 
 import glob
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from gpu_poor import memory
+from gpu_poor.files import replace_whole
 
 MB = 1e6
 #: ``{basis of the predictions: what it means}``
@@ -92,15 +91,8 @@ class MemoryPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; a file that is there is replaced whole, or not at all."""
-        path = Path(path)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(self.to_dict(), indent=1) + "\n")
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        replace_whole(Path(path), lambda name: Path(name).write_text(text, encoding="utf-8"))
 
     def __str__(self) -> str:
         return _table(self)

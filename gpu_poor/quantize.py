@@ -18,6 +18,7 @@ from gpu_poor.calibrate import CALIBRATION_LENGTH, calibrate
 from gpu_poor.folds import Decided, smooth
 from gpu_poor.formats import Format
 from gpu_poor.metrics_input import Text
+from gpu_poor.modules import not_finite, put
 from gpu_poor.nn import QuantizedModule
 from gpu_poor.nn.base import Stored, quantize_rows, take_hooks
 from gpu_poor.plan import (
@@ -271,11 +272,6 @@ def check_finite(parameters: Iterator[tuple[str, Tensor]]) -> None:
             raise not_finite(name)
 
 
-def not_finite(name: str) -> ValueError:
-    """The error for a parameter with a NaN or an infinity."""
-    return ValueError(f"{name} is not finite: it holds a NaN or an infinity")
-
-
 def target_free_parameters(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """The parameters that stay in float; the others are checked while they are quantized."""
     taken = {id(weight) for target in plan.targets for weight in target.weights().values()}
@@ -387,12 +383,6 @@ def restoring(model: nn.Module) -> Iterator[None]:
 def _refill(mapping: dict, before: dict) -> None:
     mapping.clear()
     mapping.update(before)
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _is_transformers_model(model: nn.Module) -> bool:

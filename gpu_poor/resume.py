@@ -6,7 +6,6 @@ block. Files are replaced whole, the hidden states last: they say which block is
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from gpu_poor import memory
 from gpu_poor.chains import Chain
+from gpu_poor.files import replace_whole
 from gpu_poor.folds import Decided, Fold
 from gpu_poor.nn.base import Stored
 from gpu_poor.plan import Plan, Target
@@ -51,7 +51,7 @@ class WorkFolder:
             for pattern in (f".{JOB}.*", f".{STREAMS}.*", ".block-*.*", ".tmp??????"):
                 for stray in self.folder.glob(pattern):
                     stray.unlink()
-        _write(path, lambda name: Path(name).write_text(json.dumps({"job": job}) + "\n"))
+        replace_whole(path, lambda name: Path(name).write_text(json.dumps({"job": job}) + "\n"))
 
     def save(
         self, i: int, targets: Iterable[Target], done: Decided, prefix: str, streams: dict
@@ -71,7 +71,7 @@ class WorkFolder:
                 tensors[f"source|{name}|{chain.source}|{chain.linear}"] = factors
         unreached = json.dumps([n for n in done.unreached if n.startswith(f"{prefix}.")])
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        _write(
+        replace_whole(
             self._block(i),
             lambda name: save_file(tensors, name, {"unreached": unreached}),
         )
@@ -80,7 +80,9 @@ class WorkFolder:
             for kind, states in streams.items()
             for b, state in enumerate(states)
         }
-        _write(self.folder / STREAMS, lambda name: save_file(flat, name, {"next": str(i + 1)}))
+        replace_whole(
+            self.folder / STREAMS, lambda name: save_file(flat, name, {"next": str(i + 1)})
+        )
 
     def load(self, plan: Plan, folds: list[Fold], done: Decided, streams: dict) -> int:
         """Fill in what is known, and return the number of the block that is next.
@@ -154,13 +156,3 @@ def _read_json(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}; empty the folder to start anew") from error
     return found if isinstance(found, dict) else {}
-
-
-def _write(path: Path, write) -> None:
-    """Replace a file whole, or leave it as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from gpu_poor import memory
 from gpu_poor.formats import Format
 from gpu_poor.metrics_input import n_positions
+from gpu_poor.modules import evaluating
 from gpu_poor.plan import Plan, Target, first_block
 from gpu_poor.quantize import PROGRESS_DELAY_S
 from gpu_poor.samples import vocabulary
@@ -194,7 +195,7 @@ def _differentiating(
                             collect, Weight(target, name), into[memory.identity(parameter)]
                         )
                         handles.append(parameter.register_post_accumulate_grad_hook(hook))
-        with torch.enable_grad(), _evaluating(model), _recomputing(model):
+        with torch.enable_grad(), evaluating(model), _recomputing(model):
             yield
     finally:
         for handle in handles:
@@ -202,19 +203,6 @@ def _differentiating(
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; each module is in its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
@@ -295,7 +283,7 @@ def own_text(model: nn.Module, n_rows: int = 16, length: int = 128) -> list[Tens
         ids = torch.randint(n_vocab, (n_rows, 1), generator=generator)
     device = next(model.parameters()).device
     past, new = None, ids
-    with _evaluating(model):
+    with evaluating(model):
         while ids.shape[1] < length:
             output = model(input_ids=new.to(device), past_key_values=past, use_cache=True)
             logits = output.logits[:, -1].float()

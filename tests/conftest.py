@@ -8,8 +8,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from helpers import assert_equal  # noqa: E402
 
 import gpu_poor  # noqa: E402
+from gpu_poor.nn import QuantizedModule  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -165,3 +167,18 @@ def logits(model: torch.nn.Module, ids: torch.Tensor | None = None) -> torch.Ten
 def model_name(request) -> str:
     """Each architecture in turn."""
     return request.param
+
+
+def state(model):
+    """What :func:`assert_untouched` compares with."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_untouched(model, before):
+    """Float, with the values it had, and without hooks."""
+    assert not any(isinstance(module, QuantizedModule) for module in model.modules())
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert_equal(after[name], value)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

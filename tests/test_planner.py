@@ -13,7 +13,7 @@ from conftest import MODELS, logits, make_model, tokens
 from torch import nn
 
 import gpu_poor
-from gpu_poor import assets, formats, memory, memory_plan, metrics, planner, sensitivity
+from gpu_poor import assets, files, formats, memory, memory_plan, metrics, planner, sensitivity
 from gpu_poor.plan import make_plan
 
 TEXT = assets.calib_text()[:20000]
@@ -236,7 +236,7 @@ def test_a_plan_that_cannot_be_saved_leaves_the_old_one(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(memory_plan.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         plan.save(path)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1

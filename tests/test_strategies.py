@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import VOCAB, make_model
+from conftest import VOCAB, assert_untouched, make_model, state
 from helpers import assert_equal, heavy_tailed
 from torch import nn
 
 from gpu_poor import formats, isa, quantize
-from gpu_poor.nn import QuantizedModule
 from gpu_poor.strategies import STRATEGIES, Inputs, Rounding, Smoothing, recipe
 from gpu_poor.strategies.awq import Awq, output_error
 from gpu_poor.strategies.base import even_out
@@ -42,19 +41,6 @@ def white(k):
 def rounded(name, rows, form, inputs=None):
     weight, scale = STRATEGIES[name]().quantize(rows, form, inputs)
     return form.dequantize(weight, scale, rows.shape, torch.float32)
-
-
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_untouched(model, before):
-    assert not any(isinstance(module, QuantizedModule) for module in model.modules())
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        assert_equal(after[name], value)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 # -- registry and recipes ----------------------------------------------------------------------

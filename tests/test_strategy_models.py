@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCAB, logits, make_model
-from helpers import assert_equal, heavy_tailed
+from conftest import VOCAB, assert_untouched, logits, make_model, state
+from helpers import heavy_tailed
 
 import gpu_poor
 from gpu_poor import formats, quantize
-from gpu_poor.nn import QuantizedModule
 from gpu_poor.plan import block_list
 from gpu_poor.strategies import STRATEGIES, Inputs, Rounding, Smoothing, recipe
 from gpu_poor.strategies.gptq import Gptq
@@ -23,19 +22,6 @@ SOME = ("llama", "gpt2", "gemma2", "mixtral", "opt", "qwen3")
 def samples(batch=6, length=40):
     generator = torch.Generator().manual_seed(3)
     return torch.randint(3, VOCAB, (batch, length), generator=generator)
-
-
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_untouched(model, before):
-    assert not any(isinstance(module, QuantizedModule) for module in model.modules())
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        assert_equal(after[name], value)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def divergence(model, expected):

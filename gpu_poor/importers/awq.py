@@ -31,10 +31,7 @@ class Awq(FolderSource):
         if str(self.settings.get("version", fallback)).lower() != "gemm":
             raise self.error(f"version {self.settings.get('version')!r} is not supported, gemm is")
         key = "q_group_size" if "q_group_size" in self.settings else "group_size"
-        group = self.settings.get(key, 128)
-        if type(group) is not int or (group < 1 and group != -1):
-            raise self.error(f"{key} must be a number of columns or -1, got {group!r}")
-        self.group = group
+        self.group = self.columns_setting(key, 128)
 
     def is_packed(self, module: str) -> bool:
         return f"{module}.qweight" in self.tensors

@@ -261,6 +261,13 @@ class FolderSource(Source):
     def unread(self) -> list[str]:
         return [name for name in self.tensors.unread() if not name.endswith(self.IGNORED)]
 
+    def columns_setting(self, key: str, default: int) -> int:
+        """How many columns share a scale; -1: the whole row."""
+        value = self.settings.get(key, default)
+        if type(value) is not int or (value < 1 and value != -1):
+            raise self.error(f"{key} must be a number of columns or -1, got {value!r}")
+        return value
+
     def setting(self, key: str, allowed: tuple, default=None) -> object:
         """A setting that must be one of a few values."""
         value = self.settings.get(key, default)

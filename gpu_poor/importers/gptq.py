@@ -34,10 +34,7 @@ class Gptq(FolderSource):
         self.setting("pack_dtype", ("int32",), "int32")
         if self.settings.get("dynamic"):
             raise self.error("dynamic: bits that differ by module are not supported")
-        group = self.settings.get("group_size", -1)
-        if type(group) is not int or (group < 1 and group != -1):
-            raise self.error(f"group_size must be a number of columns or -1, got {group!r}")
-        self.group = group
+        self.group = self.columns_setting("group_size", -1)
 
     def is_packed(self, module: str) -> bool:
         return f"{module}.qweight" in self.tensors

@@ -43,8 +43,7 @@ def round_to(rows: Tensor, scale: Tensor, form: Format) -> Numbers:
     A scale is NaN where its row is not finite, or no stored scale is large enough.
     """
     k = rows.shape[1]
-    if form.group is not None:
-        scale = scale.half().float()
+    scale = stored(scale, form)
     per_column = scale.repeat_interleave(form.group or max(1, k), 1)[:, :k]
     minimum = per_column[..., 1] if form.asymmetric else 0.0
     step = per_column[..., 0]
@@ -53,3 +52,8 @@ def round_to(rows: Tensor, scale: Tensor, form: Format) -> Numbers:
     usable = scale.isfinite().all(-1, keepdim=True)
     scale = torch.where(usable, scale, torch.nan)
     return Numbers(*form.encode(q.nan_to_num(0.0).to(torch.int16), scale))
+
+
+def stored(grid: Tensor, form: Format) -> Tensor:
+    """Scales and minima as the format keeps them, in float32."""
+    return grid if form.group is None else grid.half().float()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gpu_poor.formats import Format
-from gpu_poor.strategies.absmax import grid_of, grouped, round_to
+from gpu_poor.strategies.absmax import grid_of, grouped, round_to, stored
 from gpu_poor.strategies.base import Inputs, Numbers, Rounding, register
 
 #: Weights that are worked on at once, so that the temporaries stay small.
@@ -79,8 +79,3 @@ class Hqq(Rounding):
             grid = stored(grid, form)
             beta *= self.kappa
         return best
-
-
-def stored(grid: Tensor, form: Format) -> Tensor:
-    """Scales and minima as the format keeps them, in float32."""
-    return grid if form.group is None else grid.half().float()

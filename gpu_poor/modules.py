@@ -1,0 +1,33 @@
+"""What several passes do to the modules of a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; each module is in its own mode again afterwards.
+
+    Flags only: ``eval()`` may be a module's own, and do more than can be undone here.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def not_finite(name: str) -> ValueError:
+    """The error for a parameter with a NaN or an infinity."""
+    return ValueError(f"{name} is not finite: it holds a NaN or an infinity")
