@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Builds ``gpu_poor._gpu_poor_C``: the C kernels and one C++ file against torch's stable ABI.
+"""Builds ``gpu_poor._gpu_poor_C``: the C kernels and their operators against torch's stable ABI.
 
 One flag set serves every file and every CPU: no ``-march``, no per-file flags, because each kernel
 names its instruction set itself (``target`` attributes). ``Py_LIMITED_API`` and torch's stable ABI

@@ -3,7 +3,7 @@
  * The contract of every kernel: shapes, layouts, ranges. The reference C in csrc is the
  * specification; csrc/x86/ holds faster versions that agree with it bit for bit (integer modes)
  * or within a derived bound (float modes). Kernels never allocate, never start threads, never
- * fail: the caller (binding.cpp) has checked everything and splits the work.
+ * fail: the caller (csrc/ops) has checked everything and splits the work.
  *
  * Letters: M rows (tokens), N out features, K in features.
  */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * The Python module _gpu_poor_C: which kernels run. Its import also loads binding.cpp's static
+ * The Python module _gpu_poor_C: which kernels run. Its import also runs csrc/ops' static
  * initializers, which register the torch operators. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
