@@ -14,5 +14,6 @@ GP_IMPL(int8_avx512_vnni)
 GP_IMPL(grouped_avx512_vnni)
 GP_IMPL(grouped_quantize_avx512)
 GP_IMPL(stats_avx512)
+GP_IMPL(stats_avx512_bf16)
 GP_IMPL(int8_amx)
 #endif

@@ -380,16 +380,35 @@ static void check_stats(const gp_impl *impl, int64_t M, int64_t K)
         CHECK(fabs(squares[k] - want_squares[k]) <= 1e-12 * want_squares[k] * (double)M,
               "%s sum of squares", impl->name);
 
-    float *acc = guarded((size_t)(K * K) * 4, 0), *want_acc = calloc((size_t)(K * K), 4);
-    memset(acc, 0, (size_t)(K * K) * 4);
-    impl->gram(x, M, K, 0, K / 2, acc);
-    impl->gram(x, M, K, K / 2, K, acc);
-    ref->gram(x, M, K, 0, K, want_acc);
-    for (int64_t i = 0; i < K * K; i++) {
-        double bound = (double)(M + 2) * 0x1p-24 *
-                       sqrt(want_squares[i / K] * want_squares[i % K]) + 1e-30;
-        CHECK(fabs((double)acc[i] - want_acc[i]) <= bound, "%s gram M %ld K %ld", impl->name,
-              (long)M, (long)K);
+    float *acc = guarded((size_t)(K * K) * 4, 0), *want_acc = malloc((size_t)(K * K) * 4);
+    const int64_t W = GP_GRAM_WIDTH, panels = gp_ceil_div(K, W), pairs = (M + 1) / 2;
+    float *packed = guarded((size_t)(panels * M * W) * 4, 0);
+    uint16_t *paired = guarded((size_t)(panels * pairs * W) * 4, 0);
+    memset(packed, 0, (size_t)(panels * M * W) * 4);
+    memset(paired, 0, (size_t)(panels * pairs * W) * 4);
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t k = 0; k < K; k++) {
+            packed[(k / W * M + m) * W + k % W] = x[m * K + k];
+            paired[((k / W * pairs + m / 2) * W + k % W) * 2 + m % 2] = gp_float_to_bf16(x[m * K + k]);
+        }
+    for (int two = 0; two < 2; two++) {
+        memset(acc, 0, (size_t)(K * K) * 4);
+        memset(want_acc, 0, (size_t)(K * K) * 4);
+        for (int64_t p = 0; p < panels; p++)
+            if (two)
+                impl->gram_pairs(paired, M, K, p, p + 1, acc);
+            else
+                impl->gram(packed, M, K, p, p + 1, acc);
+        if (two)
+            ref->gram_pairs(paired, M, K, 0, panels, want_acc);
+        else
+            ref->gram(packed, M, K, 0, panels, want_acc);
+        for (int64_t i = 0; i < K * K; i++) {
+            double bound = (double)(M + 2) * 0x1p-24 * (1 + two * 0x1p-7) *
+                           sqrt(want_squares[i / K] * want_squares[i % K]) + 1e-30;
+            CHECK(fabs((double)acc[i] - want_acc[i]) <= bound, "%s gram%s M %ld K %ld", impl->name,
+                  two ? "_pairs" : "", (long)M, (long)K);
+        }
     }
     free(want);
     free(want_squares);
