@@ -25,7 +25,7 @@ def rows(*lengths, seed=3):
 class Spy(Rounding):
     """Rounds as mse does, and keeps what it has seen of each layer."""
 
-    name, needs_inputs, needs_gram = "spy", True, True
+    name, needs_inputs, needs_gram, needs_drift = "spy", True, True, True
 
     def __init__(self):
         self.seen: list[tuple[torch.Tensor, Inputs]] = []

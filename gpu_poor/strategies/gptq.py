@@ -29,6 +29,7 @@ class Gptq(Rounding):
     name = "gptq"
     needs_inputs = True
     needs_gram = True
+    needs_drift = True
     damp: float = 0.01
     sweeps: int = 3
     correction: float = 1.0
