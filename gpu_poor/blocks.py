@@ -121,9 +121,7 @@ class Blocks:
             )
 
     @contextmanager
-    def _watching(
-        self, answers: list | None = None, stop: bool = False
-    ) -> Iterator[list["_Seen"]]:
+    def _watching(self, answers: list | None = None, stop: bool = False) -> Iterator[list["_Seen"]]:
         """What the blocks are called with meanwhile and, if asked for, what they answer.
 
         Args:

@@ -5,12 +5,11 @@ model quantized so far does. In each block the linears are taken in the order in
 those that read the same tensor together. Their inputs in both streams become statistics
 (:class:`gpu_poor.strategies.Inputs`), the strategy rounds the weights, and the quantized stream
 goes on with them. The model itself is not touched. Only one layer's statistics are held at a time:
-a block's inputs are computed again rather than kept, hidden states that are large lie in a temporary
-file, and the float weights of a finished block are let go of if they lie in the checkpoint's.
+a block's inputs are computed again rather than kept, most of the hidden states of much data lie in
+a temporary file, and the weights of a finished block are let go of if they lie in the checkpoint's.
 """
 
 import copy
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from gpu_poor.modules import evaluating, not_finite, put
 from gpu_poor.nn.base import Stored, quantize_rows
 from gpu_poor.ops.common import correction_dtype
 from gpu_poor.plan import Plan, Target, block_list
+from gpu_poor.progress import bar
 from gpu_poor.resume import WorkFolder, fingerprint
 from gpu_poor.spill import Spilled
 from gpu_poor.strategies import Inputs, Recipe
@@ -69,23 +69,16 @@ def calibrate(
         stream = _enter(model, rows)
         tied, n_blocks = tied_modules(plan), len(stream.blocks.modules)
         work = [_BlockWork(model, f"{names}.{i}", plan, tied) for i in range(n_blocks)]
-        bar = tqdm(
-            total=sum(w.n_weights for w in work),
-            desc="calibrating",
-            unit=" weights",
-            unit_scale=True,
-            disable=not (sys.stderr.isatty() if progress is None else progress),
-        )
         streams, first, folder = {"exact": stream.exact, "quantized": stream.quantized}, 0, None
         if work_folder is not None:
             job = fingerprint(model, plan, recipe, rows, activation)
             folder = WorkFolder(work_folder, job)
             first = done.resumed = folder.load(plan, folds, done, streams)
-        with bar:
-            bar.update(sum(w.n_weights for w in work[:first]))
+        with bar("calibrating", " weights", progress, sum(w.n_weights for w in work)) as counter:
+            counter.update(sum(w.n_weights for w in work[:first]))
             for i, block_work in enumerate(work[first:], start=first):
                 last = i + 1 == len(work)
-                block_work.run(stream, i, recipe, folds, activation, done, bar, last)
+                block_work.run(stream, i, recipe, folds, activation, done, counter, last)
                 memory.let_go(block_work.block)
                 if folder is not None:
                     targets = block_work.targets.values()
@@ -157,7 +150,7 @@ class _BlockWork:
         folds: list[Fold],
         activation: str,
         done: Decided,
-        bar: tqdm,
+        counter: tqdm,
         last: bool,
     ) -> None:
         """Round the block's linears, and take both streams through the block."""
@@ -184,10 +177,10 @@ class _BlockWork:
                 if (source := done.sources.get(f"{self.name}.{name}")) is not None:
                     source[0].apply(module, source[1])
                 put(twin, name, module)
-                bar.update(target.module.weight.numel())
+                counter.update(target.module.weight.numel())
         for name in self.targets.keys() - reached:
             done.unreached.append(f"{self.name}.{name}")
-            bar.update(self.targets[name].module.weight.numel())
+            counter.update(self.targets[name].module.weight.numel())
         if last:
             return
         for states, block in ((stream.exact, self.block), (stream.quantized, twin)):

@@ -169,6 +169,11 @@ def _lies_in(tensor: Tensor, ranges: Ranges) -> bool:
     return any(low <= tensor.data_ptr() < high for low, high in ranges)
 
 
+def is_in_file(tensor: Tensor) -> bool:
+    """Whether a tensor lies in a mapped file."""
+    return _lies_in(tensor, _mapped_files())
+
+
 def in_files(model: nn.Module) -> bool:
     """Whether most of a model lies in mapped files, so that it need not fit in memory.
 
