@@ -43,10 +43,11 @@ from gpu_poor.modules import evaluating
 from gpu_poor.progress import bar
 from gpu_poor.spill import Spilled
 
-#: float64 elements per chunk of rows: 32 MB, so that vocabularies of 150,000 do not blow memory.
-CHUNK = 4 * 2**20
-#: float32 logits computed at once by one forward pass: 64 MB, or one window if that is more.
-BATCH = 16 * 2**20
+#: float64 elements per chunk of rows: 8 MB, several times, so that vocabularies of 150,000 do not
+#: blow memory.
+CHUNK = 2**20
+#: float32 logits computed at once by one forward pass: 16 MB, or one window if that is more.
+BATCH = 4 * 2**20
 
 
 def sha256(ids: Tensor) -> str:
