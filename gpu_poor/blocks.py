@@ -78,33 +78,35 @@ class Blocks:
         return self.model(input_ids=ids.to(self.device), use_cache=False)
 
     def _try(self, ids: Tensor) -> None:
-        """Run two texts as a whole, then one of them block by block.
+        """Run two texts as a whole, then both of them block by block.
 
         Raises:
             ValueError: the blocks tell them apart by more than hidden states, or their own
                 computation comes out differently.
         """
-        other = ids.min() + ids.max() - ids  # ids within the same range
-        answers: list = []
-        for each in (other, ids):
+        texts = ids, ids.min() + ids.max() - ids  # ids within the same range
+        states, expected = [], []
+        for each in texts:
+            answers: list = []
             with self._watching(answers) as seen:
                 out = self._forward(each)
             self._remember(each, seen)
+            states.append(seen[0].hidden)
+            expected.append(_hidden(answers[-1]).float())
         logits = getattr(out, "logits", None)
         self.n_vocab = None if logits is None else logits.shape[-1]
-        answers = answers[-len(self.modules) :]
         self.beside = [None if isinstance(a, Tensor) else tuple(a[1:]) for a in answers]
-        hidden, expected = seen[0].hidden, _hidden(answers[-1]).float()
-        if not bool(expected.isfinite().all()):
+        if not all(bool(each.isfinite().all()) for each in expected):
             return  # what is wrong shows with the data, and is said of the data
         for i, block in enumerate(self.modules):
-            hidden = self.run(i, hidden)
+            states = [self.run(i, hidden) for hidden in states]
             memory.let_go(block)
-        if not float((hidden.float() - expected).abs().max()) <= TOLERANCE * expected.abs().max():
-            raise ValueError(
-                f"the blocks of {type(self.model).__name__} do more than pass hidden states on: "
-                "it cannot be run block by block"
-            )
+        for hidden, right in zip(states, expected, strict=True):
+            if float((hidden.float() - right).abs().max()) > TOLERANCE * float(right.abs().max()):
+                raise ValueError(
+                    f"the blocks of {type(self.model).__name__} do more than pass hidden states "
+                    "on: it cannot be run block by block"
+                )
 
     def _remember(self, ids: Tensor, seen: list["_Seen"]) -> None:
         if [each.block for each in seen] != self.modules:
