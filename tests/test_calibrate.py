@@ -108,12 +108,8 @@ def test_statistics_see_the_model_quantized_so_far():
 
 def test_only_what_is_asked_for_is_computed(monkeypatch):
     """awq has no use for the float model's activations, smoothquant none for a matrix."""
-    for strategy, kinds in (
-        (("awq", "mse"), (True, False)),
-        (("smoothquant", "mse"), (False,) * 2),
-    ):
-        seen = []
-        smoothing = STRATEGIES[strategy[0]]
+    for name, kinds in (("awq", (True, False)), ("smoothquant", (False, False))):
+        seen, smoothing = [], STRATEGIES[name]
 
         def factors(self, gain, rows, inputs, forms, seen=seen, known=smoothing.factors):
             seen.append((inputs.gram is not None, inputs.drift is not None))
