@@ -14,6 +14,7 @@ executed. Before a weight is loaded the headers of the files are checked against
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,9 +25,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gpu_poor import memory, ops
+from gpu_poor import hf_data, memory, ops
 from gpu_poor.folds import smooth
 from gpu_poor.formats import FORMATS
+from gpu_poor.hf_data import Data
 from gpu_poor.hf_load import (
     IGNORED,
     METHOD,
@@ -46,6 +48,7 @@ from gpu_poor.hf_load import (
     tie_skeleton,
 )
 from gpu_poor.hf_stream import Incoming, Quantize, is_quantized_weight, merge_later
+from gpu_poor.metrics_input import Text
 from gpu_poor.nn import KINDS, QuantizedModule
 from gpu_poor.plan import (
     Overrides,
@@ -58,6 +61,7 @@ from gpu_poor.plan import (
 )
 from gpu_poor.quantize import check_options, dequantize
 from gpu_poor.receipt import Receipt, check_saved, make_receipt, restore
+from gpu_poor.samples import SampleInputs
 from gpu_poor.strategies import recipe
 
 #: Of the saved form; a reader refuses any it does not know.
@@ -81,6 +85,9 @@ class GpuPoorConfig(QuantizationConfigMixin):
         activations: ``{module name: mode}`` of the modules whose mode is not ``activation``.
         receipt: of a saved model: how it was made and what was measured then.
         version: of the saved form.
+        sample_inputs, tokenizer, work_folder, evaluate_on, max_kl: as of :func:`gpu_poor.quantize`;
+            for ``from_pretrained`` only, and never saved. With any of them the float model is read
+            block by block from its files, as often as need be, and may be larger than memory.
 
     Raises:
         ValueError: anything unknown or malformed. The model's names are checked on load.
@@ -103,6 +110,11 @@ class GpuPoorConfig(QuantizationConfigMixin):
         receipt: dict | None = None,
         version: int = VERSION,
         quant_method: str = METHOD,
+        sample_inputs: SampleInputs | None = None,
+        tokenizer: Callable | None = None,
+        work_folder: str | Path | None = None,
+        evaluate_on: Text | None = None,
+        max_kl: float | None = None,
         **unknown,
     ):
         if unknown:
@@ -133,11 +145,19 @@ class GpuPoorConfig(QuantizationConfigMixin):
             self.receipt = receipt if receipt is None or check_saved(receipt) else None
         except ValueError as error:
             raise ValueError(f"{METHOD} config: {error}") from error
+        self.data = Data(sample_inputs, tokenizer, work_folder, evaluate_on, max_kl)
         named = (self.formats, self.ties, self.activations)
         if stray := {name for each in named for name in each or ()} - set(self.modules or {}):
             raise ValueError(
                 f"{METHOD} config: formats, ties or activations of no module: {sorted(stray)}"
             )
+
+    def to_dict(self) -> dict:
+        """What is saved: all but data, which is no property of a model."""
+        return {k: copy.deepcopy(v) for k, v in vars(self).items() if k != "data"}
+
+    def __iter__(self):
+        yield from self.to_dict().items()
 
 
 def _strategies(value: str | list[str] | None) -> list[str] | None:
@@ -222,6 +242,9 @@ class GpuPoorQuantizer(HfQuantizer):
             )
             if not config.allow_partial or not plan.targets:
                 check_reduction(model, plan)
+            if config.data:
+                hf_data.check(config)
+                return model  # in float; see _process_model_after_weight_loading
             targets = plan.targets
             self._before, self._kept = memory.by_class(model), plan.kept_groups()
             self._incoming = self._prepare(model, plan, checkpoint_files or ())
@@ -239,8 +262,8 @@ class GpuPoorQuantizer(HfQuantizer):
         how = recipe(self.quantization_config.strategy, calibrated=False)
         if how.needs_inputs:
             raise ValueError(
-                f"{METHOD}: strategy {' and '.join(how.names)} needs calibration data: load the "
-                "float model and call gpu_poor.quantize(model, sample_inputs=...)"
+                f"{METHOD}: strategy {' and '.join(how.names)} needs calibration data: "
+                "GpuPoorConfig(sample_inputs=...)"
             )
         self.quantization_config.strategy = how.names
         return Incoming(how, smooth(model, plan, how, norm_weights(model, files)))
@@ -250,17 +273,24 @@ class GpuPoorQuantizer(HfQuantizer):
         return self.quantization_config.bits / 8  # bytes, for device maps
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        if self.quantization_config.data:
+            return hf_data.is_parameter(model, param_name)
         return not self.pre_quantized and is_quantized_weight(model, param_name)
 
     def get_quantize_ops(self):
-        return Quantize(self._incoming)
+        return hf_data.ToFile() if self.quantization_config.data else Quantize(self._incoming)
 
     def update_weight_conversions(self, weight_conversions, *args):
-        if not self.pre_quantized:
+        if not self.pre_quantized and not self.quantization_config.data:
             merge_later(weight_conversions)
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.quantization_config.data and not self.pre_quantized:
+            check_device_map(getattr(model, "hf_device_map", None))
+            self.remove_quantization_config(model)  # it has none yet
+            hf_data.quantize_loaded(model, self.quantization_config)
+            return model
         try:
             if self._incoming.errors:
                 raise self._incoming.errors[0]

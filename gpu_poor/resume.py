@@ -5,6 +5,7 @@ block. Files are replaced whole, the hidden states last: they say which block is
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from gpu_poor import memory
 from gpu_poor.chains import Chain
-from gpu_poor.files import replace_whole
+from gpu_poor.files import replace_whole, write_safetensors
 from gpu_poor.folds import Decided, Fold
 from gpu_poor.nn.base import Stored
 from gpu_poor.plan import Plan, Target
@@ -75,13 +76,10 @@ class WorkFolder:
             self._block(i),
             lambda name: save_file(tensors, name, {"unreached": unreached}),
         )
-        flat = {
-            f"{kind}|{b}": state.contiguous()
-            for kind, states in streams.items()
-            for b, state in enumerate(states)
-        }
+        names = [f"{kind}|{b}" for kind, states in streams.items() for b in range(len(states))]
         replace_whole(
-            self.folder / STREAMS, lambda name: save_file(flat, name, {"next": str(i + 1)})
+            self.folder / STREAMS,
+            lambda name: write_safetensors(name, names, _Every(streams), {"next": str(i + 1)}),
         )
 
     def load(self, plan: Plan, folds: list[Fold], done: Decided, streams: dict) -> int:
@@ -99,7 +97,8 @@ class WorkFolder:
             with safe_open(path, framework="pt") as file:
                 following = int(file.metadata()["next"])
                 for kind, states in streams.items():
-                    states[:] = [file.get_tensor(f"{kind}|{b}") for b in range(len(states))]
+                    for b in range(len(states)):
+                        states[b] = file.get_tensor(f"{kind}|{b}")
             for i in range(following):
                 self._load_block(i, targets, by_norm, done)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -130,6 +129,16 @@ class WorkFolder:
 
     def _block(self, i: int) -> Path:
         return self.folder / f"block-{i:04}.safetensors"
+
+
+class _Every:
+    """The hidden states of all streams, as often as asked for, one at a time."""
+
+    def __init__(self, streams: dict):
+        self.streams = streams
+
+    def __iter__(self):
+        return itertools.chain.from_iterable(self.streams.values())
 
 
 def fingerprint(

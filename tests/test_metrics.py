@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import gpu_poor
-from gpu_poor import assets, metrics, metrics_input
+from gpu_poor import assets, metrics, metrics_input, spill
+from gpu_poor.blocks import Blocks
 
 N, VOCAB = 300, 97
 
@@ -310,3 +311,59 @@ def test_printing_and_dict(logits):
     for part in (f"{quality.perplexity_ratio:.5f}", f"{quality.kl_mean:.2e}", "0123456789ab"):
         assert part in text
     assert quality.to_dict()["kl_p99"] == quality.kl_p99
+
+
+@pytest.mark.parametrize("in_memory", [0, 10**9], ids=["file", "memory"])
+def test_a_recording_by_block_is_the_same(stories, monkeypatch, in_memory):
+    monkeypatch.setattr(spill, "IN_MEMORY", in_memory)
+    model, tokenizer, text = stories
+    model.train()
+    whole = metrics.record(model, text, tokenizer, length=64, n_tokens=900, by_block=False)
+    blocks = metrics.record(model, text, tokenizer, length=64, n_tokens=900, by_block=True)
+    assert model.training
+    assert len(whole.logits) == len(blocks.logits) == 2
+    for a, b in zip(whole.logits, blocks.logits, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_model_in_files_is_recorded_by_block(stories, monkeypatch, tmp_path):
+    model, tokenizer, text = stories
+    model.save_pretrained(tmp_path)
+    mapped = type(model).from_pretrained(tmp_path)
+    made = []
+    monkeypatch.setattr(metrics, "Blocks", lambda *args: made.append(args) or Blocks(*args))
+    options = dict(length=64, n_tokens=200)
+    expected = metrics.record(model, text, tokenizer, **options)
+    assert not made
+    found = metrics.record(mapped, text, tokenizer, **options)
+    assert len(made) == 1
+    for a, b in zip(expected.logits, found.logits, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_model_that_is_no_chain_of_blocks_is_recorded_as_a_whole_and_says_so(
+    stories, monkeypatch, tmp_path
+):
+    model, tokenizer, text = stories
+    model.save_pretrained(tmp_path)
+    mapped = type(model).from_pretrained(tmp_path)
+    last, first = mapped.model.layers[-1], {}
+    # The last block reads what the first one has left behind: the text before this one, by block.
+    mapped.model.layers[0].register_forward_pre_hook(lambda m, args: first.update(x=args[0]))
+    last.register_forward_hook(lambda m, args, out: out + 3 * first["x"][:1, -1:].mean(1))
+    options = dict(length=64, n_tokens=200)
+    whole = metrics.record(mapped, text, tokenizer, **options, by_block=False)
+    with pytest.warns(UserWarning, match="do more than pass hidden states on.*as a whole"):
+        found = metrics.record(mapped, text, tokenizer, **options)
+    for a, b in zip(whole.logits, found.logits, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="do more than pass hidden states on"):
+        metrics.record(mapped, text, tokenizer, **options, by_block=True)
+
+
+def test_bars(stories, capsys):
+    model, tokenizer, text = stories
+    for progress in (False, True):
+        recording = metrics.record(model, text, tokenizer, n_tokens=300, progress=progress)
+        metrics.evaluate(copy.deepcopy(model), recording, progress=progress)
+    assert "measuring" not in capsys.readouterr().err  # it takes less than a second

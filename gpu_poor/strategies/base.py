@@ -31,15 +31,15 @@ class Inputs:
     """What calibration has seen of the inputs x of a layer, in the model quantized so far.
 
     Args:
-        gram: mean of ``x x^T``, float32 ``[K, K]``.
+        gram: mean of ``x x^T``, float32 ``[K, K]``; None unless a strategy needs it.
         drift: mean of ``(x' - x) x^T``, float32 ``[K, K]``; x' is the input of the same layer in
-            the float model.
+            the float model. None unless a strategy needs it.
         absmax: largest ``|x|`` of each channel, float32 ``[K]``.
         n_tokens: how many x there were.
     """
 
-    gram: Tensor
-    drift: Tensor
+    gram: Tensor | None
+    drift: Tensor | None
     absmax: Tensor
     n_tokens: int
     #: What a rounding has made of the Gram matrix, for the next linear that reads x.
@@ -48,7 +48,8 @@ class Inputs:
     def divided_by(self, factors: Tensor) -> "Inputs":
         """Those of the same layer once its inputs are divided by ``factors``, ``[K]``."""
         outer = torch.outer(factors, factors)
-        return Inputs(self.gram / outer, self.drift / outer, self.absmax / factors, self.n_tokens)
+        gram, drift = (None if x is None else x / outer for x in (self.gram, self.drift))
+        return Inputs(gram, drift, self.absmax / factors, self.n_tokens)
 
 
 class Strategy:
@@ -57,8 +58,10 @@ class Strategy:
     name: ClassVar[str]
     #: Whether it needs :class:`Inputs`, and so calibration data.
     needs_inputs: ClassVar[bool] = False
-    #: Whether these must have the Gram matrix and the drift.
+    #: Whether these must have the Gram matrix.
     needs_gram: ClassVar[bool] = False
+    #: Whether these must have the drift, which takes the float model's activations as well.
+    needs_drift: ClassVar[bool] = False
 
 
 class Rounding(Strategy):
@@ -136,6 +139,10 @@ class Recipe(NamedTuple):
     @property
     def needs_gram(self) -> bool:
         return any(part is not None and part.needs_gram for part in self)
+
+    @property
+    def needs_drift(self) -> bool:
+        return any(part is not None and part.needs_drift for part in self)
 
     @property
     def names(self) -> list[str]:
