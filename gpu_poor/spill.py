@@ -12,7 +12,7 @@ IN_MEMORY = 64 * 2**20
 
 
 class Spilled(Sequence):
-    """A list of tensors of which at most :data:`IN_MEMORY` bytes are in memory.
+    """A list of tensors of which at most ``in_memory`` bytes (:data:`IN_MEMORY`) are in memory.
 
     One that lies in the file is read whenever it is asked for: change it and put it back. The file
     is in :func:`temporary_folder`, without a name, so that none is left behind, however the process
@@ -22,8 +22,9 @@ class Spilled(Sequence):
         tensors: strided, on any device; those from the file come back on the CPU.
     """
 
-    def __init__(self, tensors: Iterable[Tensor] = ()):
+    def __init__(self, tensors: Iterable[Tensor] = (), in_memory: int | None = None):
         self._file, self._size, self._in_memory = None, 0, 0
+        self._limit = IN_MEMORY if in_memory is None else in_memory
         #: Tensors, or (offset, shape, dtype) of those in the file.
         self._items: list[Tensor | tuple[int, torch.Size, torch.dtype]] = []
         for tensor in tensors:
@@ -58,7 +59,7 @@ class Spilled(Sequence):
 
     def _place(self, tensor: Tensor, offset: int) -> Tensor | tuple:
         """Keep a tensor in memory, or else at an offset of the file."""
-        if self._in_memory + tensor.nbytes <= IN_MEMORY:
+        if self._in_memory + tensor.nbytes <= self._limit:
             self._in_memory += tensor.nbytes
             return tensor
         if self._file is None:
