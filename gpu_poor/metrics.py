@@ -35,6 +35,7 @@ from gpu_poor.metrics_input import (
     warn_if_few,
     windows,
 )
+from gpu_poor.modules import evaluating
 
 #: float64 elements per chunk of rows: 32 MB, so that vocabularies of 150,000 do not blow memory.
 CHUNK = 4 * 2**20
@@ -194,11 +195,8 @@ def logits_of(model: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         logits ``[b * (length - 1), V]`` on the CPU and the targets they predict, in order.
     """
     device = next(model.parameters()).device
-    training = model.training
-    if training:
-        model.eval()
     n_vocab, start, batch = None, 0, 1
-    try:
+    with evaluating(model):
         while start < len(ids):
             part = ids[start : start + batch]
             with torch.inference_mode():
@@ -207,9 +205,6 @@ def logits_of(model: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             start += len(part)
             n_vocab = logits.shape[-1]
             batch = max(1, BATCH // (ids.shape[1] * n_vocab))
-    finally:
-        if training:
-            model.train()
 
 
 def perplexity(
