@@ -25,6 +25,7 @@ from gpu_poor.chains import find_chains
 from gpu_poor.folds import Decided, Fold, folds_for, tied_modules
 from gpu_poor.modules import evaluating, not_finite, put
 from gpu_poor.nn.base import Stored, quantize_rows
+from gpu_poor.nn.linear import INPUT_SCALE
 from gpu_poor.ops.common import correction_dtype
 from gpu_poor.plan import Plan, Target, block_list
 from gpu_poor.progress import bar
@@ -168,7 +169,7 @@ class _BlockWork:
         chained = self._chain(stream, i, groups, recipe, by_reader, done)
         wanted = self._exact(stream, i, [group[0] for group in groups], recipe, last)
         for group in groups:
-            factors = chained.get(group[0])
+            factors, input_scale = chained.get(group[0]), None
             exact = wanted.pop(group[0], None)
             inputs = self._inputs(stream, i, twin, group[0], recipe, exact, factors)
             if inputs is None:
@@ -178,9 +179,14 @@ class _BlockWork:
                 factors = self._smooth(twin, fold, group, recipe, inputs, done)
                 if factors is not None:
                     inputs = inputs.divided_by(factors)
+            elif group[0] not in chained:
+                input_scale = self._input_scale(group, recipe, inputs)
+                if input_scale is not None:
+                    factors = input_scale.float().reciprocal()
+                    inputs = inputs.divided_by(factors)
             reached |= set(group)
             for name in group:
-                stored = self._round(name, recipe, inputs, factors, done)
+                stored = self._round(name, recipe, inputs, factors, input_scale, done)
                 target = self.targets[name]
                 module = target.kind.from_float(target.module, {"weight": stored}, activation)
                 if (source := done.sources.get(f"{self.name}.{name}")) is not None:
@@ -235,8 +241,8 @@ class _BlockWork:
 
     def _chain(
         self, stream: _Stream, i: int, groups, recipe: Recipe, by_reader, done: Decided
-    ) -> dict[str, Tensor]:
-        """``{linear: factors}`` of the linears that read another one's output.
+    ) -> dict[str, Tensor | None]:
+        """``{linear: factors}`` of the linears that read another one's output; None: no gain.
 
         Decided before the block is rounded, for it is the rows of the other that are divided.
         """
@@ -263,8 +269,8 @@ class _BlockWork:
             rows = target.rows()["weight"]
             gain = torch.ones(rows.shape[1])
             factors = recipe.smoothing.factors(gain, [rows], inputs, [target.form])
+            found[chain.linear] = factors
             if factors is not None:
-                found[chain.linear] = factors
                 done.sources[f"{self.name}.{chain.source}"] = chain, factors
         return found
 
@@ -373,7 +379,21 @@ class _BlockWork:
         fold.apply(twin.get_submodule(norm), factors)
         return factors
 
-    def _round(self, name, recipe: Recipe, inputs, factors, done: Decided) -> Stored:
+    def _input_scale(self, group: list[str], recipe: Recipe, inputs: Inputs) -> Tensor | None:
+        """For linears that read what nothing before them can divide: what they multiply it by."""
+        if not recipe.keeps:
+            return None
+        targets = [self.targets[name] for name in group]
+        forms = [target.form for target in targets]
+        shared = any(id(t.module) in self.tied or len(t.names) > 1 for t in targets)
+        if shared or all(form.levels is None for form in forms):
+            return None
+        rows = [target.rows()["weight"] for target in targets]
+        ones = torch.ones(rows[0].shape[1])
+        factors = recipe.smoothing.factors(ones, rows, inputs, forms)
+        return None if factors is None else factors.reciprocal().to(INPUT_SCALE)
+
+    def _round(self, name, recipe: Recipe, inputs, factors, input_scale, done: Decided) -> Stored:
         target: Target = self.targets[name]
         key = memory.identity(target.module.weight)
         if key in done.stored:  # a weight that several blocks share
@@ -387,7 +407,8 @@ class _BlockWork:
             raise ValueError(f"{self.name}.{name}: {error}") from error
         if not stored.is_finite():
             raise not_finite(f"{self.name}.{name}.weight")
-        stored = stored._replace(weight=nn.Parameter(stored.weight, requires_grad=False))
+        weight = nn.Parameter(stored.weight, requires_grad=False)
+        stored = stored._replace(weight=weight, input_scale=input_scale)
         done.stored[key] = stored
         return stored
 

@@ -1,4 +1,4 @@
-"""Writing files: so that none is ever half written, and tensor by tensor."""
+"""Files: which names mean one, and writing them so that none is ever half written."""
 
 import json
 import os
@@ -7,6 +7,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+
+def is_missing(name: str | Path) -> bool:
+    """Whether a name means a place on this machine, where nothing is.
+
+    "gpt2" and "org/name" may be repositories on the hub, which is asked for minutes where there is
+    no network; a Path, "/x", "./x", "../x", "~/x", "x/", "x/y/z", and "x/y" where there is a folder
+    x, are none.
+    """
+    text = os.fspath(name)
+    parts = Path(text).parts
+    local = (
+        isinstance(name, Path)
+        or os.path.isabs(text)
+        or text.startswith((".", "~"))
+        or text.endswith(("/", os.sep))
+        or len(parts) > 2
+        or (len(parts) == 2 and Path(parts[0]).is_dir())
+    )
+    return local and not os.path.exists(os.path.expanduser(text))
 
 
 def replace_whole(path: Path, write: Callable[[str], object]) -> None:

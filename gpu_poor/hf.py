@@ -5,12 +5,14 @@ their module's names, and in config.json
 
     "quantization_config": {"quant_method": "gpu-poor", "version": 1, "bits": 8,
                             "activation": "a16", "modules": {name: kind},
-                            "formats": {name: format}, "ties": {name: owner}}
+                            "formats": {name: format}, "ties": {name: owner},
+                            "input_scales": [name]}
 
-``modules`` says exactly what is quantized, and ``formats`` to what if not to int8; nothing is
-worked out by rule on load. Names, kinds and formats are only ever looked up, in the model, in
-:data:`gpu_poor.nn.KINDS` and :data:`gpu_poor.formats.FORMATS`: nothing in a config is imported or
-executed. Before a weight is loaded the headers of the files are checked against that list.
+``modules`` says exactly what is quantized, ``formats`` to what if not to int8, and ``input_scales``
+which linears multiply their inputs by a buffer of that name; nothing is worked out by rule on load.
+Names, kinds and formats are only ever looked up, in the model, in :data:`gpu_poor.nn.KINDS` and
+:data:`gpu_poor.formats.FORMATS`: nothing in a config is imported or executed. Before a weight is
+loaded the headers of the files are checked against that list.
 """
 
 import copy
@@ -26,6 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gpu_poor import hf_data, memory, ops
+from gpu_poor.files import is_missing
 from gpu_poor.folds import smooth
 from gpu_poor.formats import FORMATS
 from gpu_poor.hf_data import Data
@@ -49,7 +52,7 @@ from gpu_poor.hf_load import (
 )
 from gpu_poor.hf_stream import Incoming, Quantize, is_quantized_weight, merge_later
 from gpu_poor.metrics_input import Text
-from gpu_poor.nn import KINDS, QuantizedModule
+from gpu_poor.nn import KINDS, QuantizedLinear, QuantizedModule
 from gpu_poor.plan import (
     Overrides,
     Patterns,
@@ -83,6 +86,7 @@ class GpuPoorConfig(QuantizationConfigMixin):
         formats: ``{module name: format}`` of those that are not int8.
         ties: ``{module name: owner}``, modules whose weight is another one's.
         activations: ``{module name: mode}`` of the modules whose mode is not ``activation``.
+        input_scales: names of the linears that multiply their inputs by a scale first.
         receipt: of a saved model: how it was made and what was measured then.
         version: of the saved form.
         sample_inputs, tokenizer, work_folder, evaluate_on, max_kl: as of :func:`gpu_poor.quantize`;
@@ -107,6 +111,7 @@ class GpuPoorConfig(QuantizationConfigMixin):
         formats: dict[str, str] | None = None,
         ties: dict[str, str] | None = None,
         activations: dict[str, str] | None = None,
+        input_scales: list[str] | None = None,
         receipt: dict | None = None,
         version: int = VERSION,
         quant_method: str = METHOD,
@@ -141,6 +146,7 @@ class GpuPoorConfig(QuantizationConfigMixin):
         self.formats = _names("formats", formats, FORMATS)
         self.ties = _names("ties", ties, None)
         self.activations = _names("activations", activations, ops.ACTIVATIONS)
+        self.input_scales = _scaled(input_scales, self.modules or {}, self.ties or {})
         try:
             self.receipt = receipt if receipt is None or check_saved(receipt) else None
         except ValueError as error:
@@ -192,6 +198,20 @@ def _names(key: str, value: dict | None, allowed: dict | None) -> dict | None:
             f"known are {', '.join(allowed)}"
         )
     return dict(value)
+
+
+def _scaled(names: list | None, modules: dict[str, str], ties: dict[str, str]) -> list | None:
+    listed = [] if names is None else names
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ValueError(
+            f"{METHOD} config: input_scales must be a list of names, got {names!r:.80}"
+        )
+    linears = {name for name, kind in modules.items() if issubclass(KINDS[kind], QuantizedLinear)}
+    if stray := sorted(set(listed) - (linears - ties.keys() - set(ties.values()))):
+        raise ValueError(
+            f"{METHOD} config: input_scales of no linear with a weight of its own: {stray}"
+        )
+    return listed or None
 
 
 # -- loading -----------------------------------------------------------------------------------
@@ -467,7 +487,9 @@ def describe(model: nn.Module, config: GpuPoorConfig) -> None:
     config.modules = kinds_of(model)
     config.formats = formats_of(model) or None
     config.ties = ties_of(model)
-    modes = {name: model.get_submodule(name).activation for name in config.modules}
+    modules = {name: model.get_submodule(name) for name in config.modules}
+    config.input_scales = [n for n, m in modules.items() if "input_scale" in m.storage()] or None
+    modes = {name: module.activation for name, module in modules.items()}
     config.activations = {
         name: mode
         for name, mode in modes.items()
@@ -523,12 +545,16 @@ def load(path: str | Path, **kwargs) -> nn.Module:
             checkpoint, by default left so.
 
     Raises:
-        ValueError: not such a folder, or a damaged one, or an unsupported variant.
+        ValueError: no such folder, or none that is quantized, or a damaged one, or an unsupported
+            variant.
     """
     from transformers import AutoConfig
 
     from gpu_poor import importers
 
+    if is_missing(path):
+        raise ValueError(f"{path}: there is no such file or folder")
+    path = Path(path).expanduser() if str(path).startswith("~") else path
     if (source := importers.find(path)) is not None:
         return importers.load(source, **kwargs)
     hub = {name: kwargs[name] for name in HUB if name in kwargs}

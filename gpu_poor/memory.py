@@ -76,7 +76,7 @@ def by_class(model: nn.Module, as_float: torch.dtype | None = None) -> dict[str,
     for _, module, name, tensor in persistent_tensors(model):
         kind = class_of(module)
         weights = weight_names(module)
-        if name not in weights and name.removesuffix("_scale") not in weights:
+        if name not in (module.storage() if isinstance(module, QuantizedModule) else weights):
             kind = "other"
         elif kind in users and identity(module.weight) in shared:
             kind = "shared lm_head"

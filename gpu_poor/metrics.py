@@ -204,11 +204,8 @@ def logits_of(
         logits ``[b * (length - 1), V]`` on the CPU and the targets they predict, in order.
     """
     device = next(model.parameters()).device
-    training = model.training
-    if training:
-        model.eval()
     start, batch = 0, 1
-    try:
+    with evaluating(model):
         while start < len(ids):
             part = ids[start : start + batch]
             with torch.inference_mode():
@@ -218,9 +215,6 @@ def logits_of(
             batch = _batch(ids, logits.shape[-1])
             if counter is not None:
                 counter.update(part.numel())
-    finally:
-        if training:
-            model.train()
 
 
 def perplexity(

@@ -203,7 +203,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             for weight in module.weight_names:
                 getattr(float_module, weight).requires_grad_(not module.frozen)
             if module.weight_names == ("weight",):
-                key = memory.identity(module.weight), memory.identity(module.weight_scale)
+                key = tuple(memory.identity(getattr(module, name)) for name in module.storage())
                 float_module.weight = shared.setdefault(key, float_module.weight)
             put(model, name, float_module)
     if hasattr(model, "gpu_poor_receipt"):

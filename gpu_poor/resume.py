@@ -64,6 +64,8 @@ class WorkFolder:
                 tensors[f"weight|{target.name}"] = stored.weight.detach()
                 if stored.scale is not None:
                     tensors[f"scale|{target.name}"] = stored.scale
+                if stored.input_scale is not None:
+                    tensors[f"input scale|{target.name}"] = stored.input_scale
         for name, (_, factors) in done.norms.items():
             if name.startswith(f"{prefix}."):
                 tensors[f"norm|{name}"] = factors
@@ -114,13 +116,13 @@ class WorkFolder:
             for key in names:
                 kind, name, *rest = key.split("|")
                 if kind == "weight":
-                    target, scale = targets[name], f"scale|{name}"
+                    target = targets[name]
                     weight = nn.Parameter(file.get_tensor(key), requires_grad=False)
+                    scales = (f"scale|{name}", f"input scale|{name}")
+                    scales = [file.get_tensor(s) if s in names else None for s in scales]
+                    shape = tuple(target.rows()["weight"].shape)
                     done.stored[memory.identity(target.module.weight)] = Stored(
-                        weight,
-                        file.get_tensor(scale) if scale in names else None,
-                        target.form,
-                        tuple(target.rows()["weight"].shape),
+                        weight, scales[0], target.form, shape, scales[1]
                     )
                 elif kind == "norm":
                     done.norms[name] = by_norm[name], file.get_tensor(key)

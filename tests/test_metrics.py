@@ -218,12 +218,27 @@ def test_recording_first_gives_the_same(stories):
         metrics.evaluate(broken, recording, text)
 
 
-def test_evaluate_leaves_the_mode_and_asks_for_a_text(stories):
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_leaves_every_module_in_its_own_mode(stories, training):
     model, _, text = stories
-    model.train()
-    metrics.perplexity(model, text, n_tokens=300)
-    assert model.training
-    model.eval()
+    model.train(training)
+    model.model.layers[1].mlp.train(not training)
+    modes = [module.training for module in model.modules()]
+    seen = []
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(
+        lambda module, args: seen.append(module.training)
+    )
+    try:
+        metrics.perplexity(model, text, n_tokens=300)
+        assert [module.training for module in model.modules()] == modes
+        assert seen and not any(seen)
+    finally:
+        handle.remove()
+        model.eval()
+
+
+def test_evaluate_asks_for_a_text(stories):
+    model, _, text = stories
     with pytest.raises(ValueError, match="needs a text"):
         metrics.evaluate(copy.deepcopy(model), model)
 

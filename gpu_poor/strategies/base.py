@@ -4,7 +4,8 @@ Two kinds of strategy exist, and a recipe has at most one of each:
 
 - a :class:`Rounding` turns rows of a weight into what a format stores;
 - a :class:`Smoothing` multiplies columns of a weight by factors and divides what the layer reads
-  by them, in the norm before it, so that the float model computes the same (gpu_poor/folds.py).
+  by them, so that the float model computes the same: in the norm or linear before it
+  (gpu_poor/folds.py, gpu_poor/chains.py), or else in the layer itself, as its input scale.
 
 Adding one is one file and one ``register``.
 """
@@ -79,8 +80,11 @@ class Rounding(Strategy):
 class Smoothing(Strategy):
     """Chooses factors for the columns of the weights that read one tensor.
 
-    It is the output of a norm, or, with calibration data only, of a linear (gpu_poor/chains.py).
+    It is the output of a norm, or, with calibration data only, of anything.
     """
+
+    #: Whether factors are kept in the layer where nothing before it can be divided by them.
+    keep: bool = False
 
     def factors(
         self, gain: Tensor, rows: list[Tensor], inputs: Inputs | None, forms: list[Format]
@@ -88,7 +92,7 @@ class Smoothing(Strategy):
         """Positive float32 ``[K]``, or None to leave all as it is.
 
         Args:
-            gain: what the norm multiplies each channel by, float32 ``[K]``; ones for a linear.
+            gain: what the norm multiplies each channel by, float32 ``[K]``; ones if it is none.
             rows: the weights ``[N, K]`` that read it; empty while a checkpoint is streamed.
             inputs: what calibration has seen of the tensor, if the strategy needs it.
             forms: the formats of ``rows``.
@@ -143,6 +147,16 @@ class Recipe(NamedTuple):
     @property
     def needs_drift(self) -> bool:
         return any(part is not None and part.needs_drift for part in self)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether linears may keep an input scale.
+
+        Not if both parts go by the Gram matrix: a search under it finds nothing that rounding under
+        it would not (docs/methods.md).
+        """
+        both = self.smoothing is not None and self.smoothing.needs_gram and self.rounding.needs_gram
+        return self.smoothing is not None and self.smoothing.keep and not both
 
     @property
     def names(self) -> list[str]:
