@@ -15,4 +15,5 @@ GP_IMPL(grouped_avx512_vnni)
 GP_IMPL(grouped_quantize_avx512)
 GP_IMPL(stats_avx512)
 GP_IMPL(int8_amx)
+GP_IMPL(grouped_amx)
 #endif
