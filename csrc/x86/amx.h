@@ -11,15 +11,15 @@
 #include "emulated_tiles.h"
 #endif
 
-/* What ldtilecfg reads: of each of the eight tiles, its rows and the bytes of one. gcc 12 takes
- * _tile_loadconfig for a read of 8 bytes, and may store the rest of a configuration built on the
- * stack after it: so they are constants. */
+/* What ldtilecfg reads: of each of the eight tiles, its rows and the bytes of one. */
 typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
 } __attribute__((aligned(64))) tile_config;
 
-/* Between plain stores and the tile loads that read them: gcc 12 does not know that those read. */
-#define TILE_FENCE() __asm__ volatile("" ::: "memory")
+/* Between stores to what p points to and the tile instructions that read it. gcc 12 does not know that
+ * a tile load reads memory, and takes _tile_loadconfig for a read of 8 bytes: without this it may move
+ * the stores, or drop them. */
+#define TILE_FENCE(p) __asm__ volatile("" : : "r"(p) : "memory")
 #endif

@@ -160,7 +160,7 @@ INLINE void panels(const gp_grouped_linear *a, workspace *s, int64_t p, int64_t 
         for (int64_t i = 0; i < P; i++)
             unpack(a->w.w + (p + i) * shape.panel_bytes + b * GP_BLOCK_BYTES(bits), at.blocks, bits,
                    asym, s->w[i]);
-        TILE_FENCE();
+        TILE_FENCE(s->w);
         for (int64_t m = m0; m < m1; m += 16) {
             const int64_t first = first_token(a, m);
             for (int64_t g = 0; asym && g < gp_ceil_div(at.blocks, at.per); g++)
@@ -204,7 +204,7 @@ INLINE void linear(const gp_grouped_linear *a, int64_t p0, int64_t p1, int plane
     if (tokens == 0) tokens = 16;
     memset(s.c, 0, sizeof(s.c)); /* of fewer than 16 tokens, the rest is folded too */
     memset(s.x_sum, 0, sizeof(s.x_sum));
-    TILE_FENCE();
+    TILE_FENCE(&config);
     _tile_loadconfig(&config);
     for (int64_t m = 0; m < a->M; m += tokens)
         for (int64_t p = p0; p < p1; p += PANELS)

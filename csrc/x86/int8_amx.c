@@ -217,7 +217,7 @@ INLINE void panels(const gp_int8_linear *a, int64_t n, int R, int P, int64_t g0,
         for (int p = 0; p < P; p++)
             for (int r = 0; r < R; r++)
                 load_tail(a, n + rows * p + 16 * r, tails[p] + r * 16 * 64);
-    TILE_FENCE();
+    TILE_FENCE(tails);
     const int64_t blocks = gp_ceil_div(g1 - g0, 2);
     const int8_t *next = a->w + (n + rows * P) * a->K;
     gp_ahead ahead = {next, next, 0, 0};
