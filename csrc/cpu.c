@@ -48,6 +48,9 @@ unsigned gp_cpu_features(void)
     if ((features & GP_CPU_AVX512_VNNI) && (xcr0 & 0x60000) == 0x60000 && (d >> 24 & 1) &&
         (d >> 25 & 1) && amx_permitted())
         features |= GP_CPU_AMX;
+#ifdef GPU_POOR_EMULATE_TILES /* needs no more than the vectors of those kernels */
+    if (features & GP_CPU_AVX512_VNNI) features |= GP_CPU_AMX;
+#endif
     return features;
 }
 #else

@@ -101,7 +101,8 @@ typedef struct {
  *                             then t = fma((float)s, min, t)
  *     y = t * x_scale[m] + bias[n]         each operation rounded once, in that order */
 typedef struct {
-    int64_t M, N, K_pad;
+    int64_t M, N;
+    int64_t K_pad; /* any multiple of GP_K_ALIGN; an odd one spreads the rows over the sets of a cache */
     int planes;
     const int8_t *x;      /* [M][planes][K_pad] as for int8, 0 beyond K */
     const int32_t *x_sum; /* [M][groups]: s above */

@@ -16,4 +16,5 @@ GP_IMPL(grouped_quantize_avx512)
 GP_IMPL(stats_avx512)
 GP_IMPL(stats_avx512_bf16)
 GP_IMPL(int8_amx)
+GP_IMPL(grouped_amx)
 #endif

@@ -129,7 +129,9 @@ Tensor grouped_linear(const Tensor &x_in, const Tensor &weight, const Tensor &sc
         parallel(panels_of(N), 1, 2.0 * panels.bits * row_cost(K, 4 * M),
                  [&](int64_t begin, int64_t end) { gp.grouped_float_linear(&a, begin, end); });
     } else {
-        grouped_integer_linear(x, type, {M, N, K_pad, activation_bits == 8 ? 1 : 2, nullptr, nullptr,
+        /* Not 4096 bytes from row to row: a tile of 16 or 32 would fall into the same few sets of L1. */
+        const int64_t stride = K_pad | GP_K_ALIGN;
+        grouped_integer_linear(x, type, {M, N, stride, activation_bits == 8 ? 1 : 2, nullptr, nullptr,
                                       nullptr, panels, b.data, y.data_ptr(), type});
     }
     return y;
