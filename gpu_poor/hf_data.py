@@ -55,9 +55,11 @@ def quantize_loaded(model: nn.Module, config) -> None:
     Raises:
         ValueError: a weight was not in the checkpoint, or what :func:`gpu_poor.quantize` raises.
     """
-    for name, parameter in model.named_parameters():
-        if not getattr(parameter, "_is_hf_initialized", True):
-            raise ValueError(f"{name} was not in the checkpoint")
+    # transformers marks what it has loaded or tied, and makes up the rest.
+    marked = {n: hasattr(p, "_is_hf_initialized") for n, p in model.named_parameters()}
+    if any(marked.values()) and not all(marked.values()):
+        name = next(name for name, loaded in marked.items() if not loaded)
+        raise ValueError(f"{name} was not in the checkpoint")
     quantize(
         model,
         config.bits,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gpu_poor
-from gpu_poor import assets, metrics, metrics_input, spill
+from gpu_poor import assets, metrics, metrics_input, progress, spill
 from gpu_poor.blocks import Blocks
 
 N, VOCAB = 300, 97
@@ -348,7 +348,7 @@ def test_a_model_in_files_is_recorded_by_block(stories, monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(metrics, "Blocks", lambda *args: made.append(args) or Blocks(*args))
     options = dict(length=64, n_tokens=200)
-    expected = metrics.record(model, text, tokenizer, **options)
+    expected = metrics.record(copy.deepcopy(model), text, tokenizer, **options)
     assert not made
     found = metrics.record(mapped, text, tokenizer, **options)
     assert len(made) == 1
@@ -376,9 +376,14 @@ def test_a_model_that_is_no_chain_of_blocks_is_recorded_as_a_whole_and_says_so(
         metrics.record(mapped, text, tokenizer, **options, by_block=True)
 
 
-def test_bars(stories, capsys):
+@pytest.mark.parametrize("by_block", [False, True])
+def test_bars(stories, monkeypatch, capsys, by_block):
+    monkeypatch.setattr(progress, "DELAY_S", 0)
     model, tokenizer, text = stories
-    for progress in (False, True):
-        recording = metrics.record(model, text, tokenizer, n_tokens=300, progress=progress)
-        metrics.evaluate(copy.deepcopy(model), recording, progress=progress)
-    assert "measuring" not in capsys.readouterr().err  # it takes less than a second
+    for show in (False, True):
+        options = dict(n_tokens=300, by_block=by_block, progress=show)
+        recording = metrics.record(model, text, tokenizer, **options)
+        metrics.evaluate(copy.deepcopy(model), recording, progress=show)
+        shown = capsys.readouterr().err
+        assert ("measuring the float model: 100%" in shown) == show
+        assert ("measuring the model: 100%" in shown) == show

@@ -897,7 +897,7 @@ def test_receipt_of_a_float_model_is_an_error():
 
 def test_progress_bar(capsys, monkeypatch):
     # By sys.modules: the package's attribute of this name is the function.
-    monkeypatch.setattr(sys.modules["gpu_poor.quantize"], "PROGRESS_DELAY_S", 0)
+    monkeypatch.setattr("gpu_poor.progress.DELAY_S", 0)
     quantize(mlp(), progress=True, verbose=False)
     assert "quantizing" in capsys.readouterr().err
     quantize(mlp(), progress=False, verbose=False)
