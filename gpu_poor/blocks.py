@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gpu_poor import memory
 from gpu_poor.chains import TOLERANCE
 from gpu_poor.plan import block_list
+from gpu_poor.spill import Spilled
 
 #: Of a text that blocks are tried out on.
 PROBE_TOKENS = 8
@@ -170,6 +171,38 @@ class Blocks:
                 vars(block).pop("forward", None)
                 if forward is not None:
                     block.forward = forward
+
+
+class Answers:
+    """What a module answers, kept in a file: with one batch as often as need be, computed once.
+
+    Args:
+        module: answers a tensor, or a tuple of one and of None; else it is computed each time.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._compute, self._kept = module.forward, Spilled(in_memory=0)
+        #: ``{(batch, which call meanwhile): (place, what comes beside the tensor)}``.
+        self._places: dict[tuple[int, int], tuple[int, tuple | None]] = {}
+        self._batch = self._n_calls = 0
+        module.forward = self._answer
+
+    def start(self, batch: int) -> None:
+        """The calls from now on are those of a batch from its beginning."""
+        self._batch, self._n_calls = batch, 0
+
+    def _answer(self, *args, **kwargs):
+        key = self._batch, self._n_calls
+        self._n_calls += 1
+        if key in self._places:
+            place, beside = self._places[key]
+            return self._kept[place] if beside is None else (self._kept[place], *beside)
+        answer = self._compute(*args, **kwargs)
+        beside = None if isinstance(answer, Tensor) else tuple(answer[1:])
+        if beside is None or all(each is None for each in beside):
+            self._places[key] = len(self._kept), beside
+            self._kept.append(_hidden(answer))
+        return answer
 
 
 class _Reached(Exception):

@@ -5,13 +5,13 @@ model quantized so far does. In each block the linears are taken in the order in
 those that read the same tensor together. Their inputs in both streams become statistics
 (:class:`gpu_poor.strategies.Inputs`), the strategy rounds the weights, and the quantized stream
 goes on with them. The model itself is not touched. Only one layer's statistics are held at a time:
-what a quantized block's linears read is computed again rather than kept, most of the hidden states
-of much data lie in a temporary file, and the weights of a finished block are let go of if they lie
-in the checkpoint's.
+what a quantized block's linears read is computed again rather than kept, but for the answers of
+its parts that are finished. Hidden states of much data lie in temporary files, and the weights of a
+finished block are let go of if they lie in the checkpoint's.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpu_poor import memory, ops
-from gpu_poor.blocks import Blocks
+from gpu_poor.blocks import Answers, Blocks
 from gpu_poor.chains import find_chains
 from gpu_poor.folds import Decided, Fold, folds_for, tied_modules
 from gpu_poor.modules import evaluating, not_finite, put
@@ -103,8 +103,12 @@ class _Stream:
     quantized: Spilled
     #: Of so many batches, one has its inputs in the two streams compared.
     every: int
+    #: Of the finished parts of the block being quantized.
+    answers: list[Answers] = field(default_factory=list)
 
-    def call(self, block: nn.Module, i: int, hidden: Tensor) -> Tensor:
+    def call(self, block: nn.Module, i: int, hidden: Tensor, batch: int = 0) -> Tensor:
+        for each in self.answers:
+            each.start(batch)
         return self.blocks.run(i, hidden, block)
 
 
@@ -193,15 +197,30 @@ class _BlockWork:
                     source[0].apply(module, source[1])
                 put(twin, name, module)
                 counter.update(target.module.weight.numel())
+            self._keep_answers(stream, twin, group, reached)
         for name in self.targets.keys() - reached:
             done.unreached.append(f"{self.name}.{name}")
             counter.update(self.targets[name].module.weight.numel())
-        if last:
-            return
-        for b, state in enumerate(stream.quantized):
-            stream.quantized[b] = after = stream.call(twin, i, state)
+        for b, state in enumerate(stream.quantized if not last else ()):
+            stream.quantized[b] = after = stream.call(twin, i, state, b)
             if not bool(after.isfinite().all()):
                 raise ValueError(f"the activations after {self.name} are not finite")
+        stream.answers.clear()
+
+    def _keep_answers(
+        self, stream: _Stream, twin: nn.Module, group: list[str], reached: set[str]
+    ) -> None:
+        """Compute a part that has been finished by this group only once more.
+
+        The attention then runs for two of the four groups of linears in a Llama's block, in place
+        of all passes after its own.
+        """
+        if reached == self.targets.keys():
+            return
+        for part in {name.partition(".")[0] for name in group}:
+            linears = {name for name in self.targets if name.startswith(f"{part}.")}
+            if linears and linears <= reached:
+                stream.answers.append(Answers(twin.get_submodule(part)))
 
     def _twin(self) -> nn.Module:
         """A copy of the block's modules, whose tensors are the block's own.
@@ -285,16 +304,18 @@ class _BlockWork:
         """
         if not recipe.needs_drift:
             names = []
-        kept = {name: Spilled(in_memory=8 * 2**20) for name in names}
+        kept = {name: Spilled(in_memory=0) for name in names}
         for b, state in enumerate(stream.exact):
             looked_at = names if b % stream.every == 0 else []
             if last and not looked_at:
                 continue
-            read = dict.fromkeys(looked_at, torch.empty(0))
+            missing, n_tokens = set(looked_at), state[..., 0].numel()
 
-            def look(name: str, module: nn.Module, args: tuple, read=read) -> None:
+            def look(name, module, args, missing=missing, n_tokens=n_tokens) -> None:
                 x = args[0].reshape(-1, args[0].shape[-1])
-                read[name] = x.clone()  # what follows may work in place
+                if name in missing:
+                    kept[name].append(x if len(x) == n_tokens else x[:0])
+                missing.discard(name)
 
             handles = [
                 self.targets[name].module.register_forward_pre_hook(partial(look, name))
@@ -305,8 +326,8 @@ class _BlockWork:
             finally:
                 for handle in handles:
                     handle.remove()
-            for name, x in read.items():
-                kept[name].append(x if len(x) == state[..., 0].numel() else x[:0])
+            for name in missing:
+                kept[name].append(torch.empty(0))
             if not last:
                 stream.exact[b] = after
         return kept
@@ -336,7 +357,7 @@ class _BlockWork:
         absmax, n, n_compared = torch.zeros(k), 0, 0
         dtype = correction_dtype()
         for b, quantized in enumerate(stream.quantized):
-            x = _input_of(stream, i, twin, name, quantized)
+            x = _input_of(stream, i, twin, name, quantized, b)
             if x is None or not len(x):
                 continue
             n += x.shape[0]
@@ -418,7 +439,7 @@ class _Reached(Exception):
 
 
 def _input_of(
-    stream: _Stream, i: int, block: nn.Module, name: str, hidden: Tensor
+    stream: _Stream, i: int, block: nn.Module, name: str, hidden: Tensor, batch: int
 ) -> Tensor | None:
     """What a linear of the block reads, as rows ``[M, K]``; None if it does not run."""
     found: list[Tensor] = []
@@ -429,7 +450,7 @@ def _input_of(
 
     handle = block.get_submodule(name).register_forward_pre_hook(hook)
     try:
-        stream.call(block, i, hidden)
+        stream.call(block, i, hidden, batch)
     except _Reached:
         pass
     finally:
