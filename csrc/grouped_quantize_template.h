@@ -24,15 +24,18 @@
 
 typedef float gp_f16x __attribute__((vector_size(64), aligned(4)));
 typedef int32_t gp_i16x __attribute__((vector_size(64), aligned(4)));
+typedef float gp_f8x __attribute__((vector_size(32), aligned(4)));
+typedef float gp_f4x __attribute__((vector_size(16), aligned(4)));
 
 #define GROUPED_VECTORS (GP_GROUP_MAX / 16)
 #define GROUPED_REFITS 4
 
-/* A group: values, importance (0 beyond the group's end), the vectors used, and the largest q. */
+/* A group: values, importance (0 beyond the group's end), the vectors used, the largest q; and, of
+ * a search for a minimum, the sums of h, h x, h x^2. */
 typedef struct {
     gp_f16x x[GROUPED_VECTORS], h[GROUPED_VECTORS];
     int n;
-    float top;
+    float top, sum_h, sum_hx, sum_hxx;
 } grouped_group;
 
 /* What is stored of a group: halves. */
@@ -48,11 +51,16 @@ typedef struct {
 
 #define INLINE GP_INLINE TARGET
 
+/* Lane i and i + 8, then 4, 2, 1. */
 INLINE float NAME(sum)(gp_f16x v)
 {
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    return v[0];
+    gp_f8x half[2];
+    gp_f4x quarter[2];
+    memcpy(half, &v, sizeof(half));
+    half[0] += half[1];
+    memcpy(quarter, &half[0], sizeof(quarter));
+    quarter[0] += quarter[1];
+    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
 /* rint by adding 1.5 * 2^23, to even, of |v| < 2^22; clamped first. */
@@ -84,14 +92,14 @@ INLINE float NAME(fit_symmetric)(const grouped_group *g, float inverse, float *s
 /* The best scale and minimum for the q that (x - min) * inverse makes, and the error they leave. */
 INLINE grouped_fit NAME(fit_asymmetric)(const grouped_group *g, float min, float inverse)
 {
-    gp_f16x h = {0}, hx = {0}, hq = {0}, xx = {0}, xq = {0}, qq = {0};
+    gp_f16x hq = {0}, xq = {0}, qq = {0};
     for (int i = 0; i < g->n; i++) {
         gp_f16x q = NAME(grid)((g->x[i] - min) * inverse, 0, g->top);
-        gp_f16x wq = g->h[i] * q, wx = g->h[i] * g->x[i];
-        h += g->h[i], hx += wx, hq += wq, xx += wx * g->x[i], xq += wq * g->x[i], qq += wq * q;
+        gp_f16x wq = g->h[i] * q;
+        hq += wq, xq += wq * g->x[i], qq += wq * q;
     }
-    float n = NAME(sum)(h), sx = NAME(sum)(hx), sq = NAME(sum)(hq), sxx = NAME(sum)(xx);
-    float sxq = NAME(sum)(xq), sqq = NAME(sum)(qq), det = n * sqq - sq * sq;
+    float n = g->sum_h, sx = g->sum_hx, sxx = g->sum_hxx, sq = NAME(sum)(hq), sxq = NAME(sum)(xq);
+    float sqq = NAME(sum)(qq), det = n * sqq - sq * sq;
     if (!(det > 0)) return (grouped_fit){0, n > 0 ? sx / n : min, sxx - (n > 0 ? sx * sx / n : 0)};
     float scale = (n * sxq - sx * sq) / det, m = (sx - scale * sq) / n;
     return (grouped_fit){scale, m, sxx - scale * sxq - m * sx};
@@ -124,7 +132,13 @@ INLINE grouped_fit NAME(search_asymmetric)(grouped_group *g, float low, float hi
 {
     enum { WIDTHS = 11, SHIFTS = 5 };
     const float range = high - low, less = 0.64f / (g->top + 1), centre = low + range / 2;
-    for (int i = 0; i < g->n; i++) g->x[i] -= centre;
+    gp_f16x h = {0}, hx = {0}, hxx = {0};
+    for (int i = 0; i < g->n; i++) {
+        g->x[i] -= centre;
+        const gp_f16x wx = g->h[i] * g->x[i];
+        h += g->h[i], hx += wx, hxx += wx * g->x[i];
+    }
+    g->sum_h = NAME(sum)(h), g->sum_hx = NAME(sum)(hx), g->sum_hxx = NAME(sum)(hxx);
     low -= centre;
     grouped_fit best = {range / g->top, low, INFINITY};
     for (int i = 0; i < WIDTHS; i++) {
