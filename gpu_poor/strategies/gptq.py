@@ -1,5 +1,7 @@
 """gptq: rounding under the Gram matrix of the layer's inputs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -43,28 +45,33 @@ class Gptq(Rounding):
     def quantize(self, rows: Tensor, form: Format, inputs: Inputs | None = None) -> Numbers:
         if form.levels is None:
             return Numbers(*form.quantize(rows))
-        gram, factor = self._factor(inputs)
-        target = rows.float()
-        if self.correction:  # H^-1 = U^T U
-            dtype = correction_dtype()
-            u, shift = factor.to(dtype), target.to(dtype) @ inputs.drift.to(dtype)
-            target = target + self.correction * (shift @ u.T @ u).float()
-        levels, scale = ops.gptq(
-            target.contiguous(),
-            gram,
-            factor,
-            form.group or max(1, rows.shape[1]),
-            form.levels,
-            form.asymmetric,
-            half_scales=form.group is not None,
-            sweeps=self.sweeps,
-        )
+        factor = self._factor(inputs)
+        target = self._target(rows.float(), factor, inputs)
+        with _damped(inputs.gram, self.damp) as gram:
+            levels, scale = ops.gptq(
+                target.contiguous(),
+                gram,
+                factor,
+                form.group or max(1, rows.shape[1]),
+                form.levels,
+                form.asymmetric,
+                half_scales=form.group is not None,
+                sweeps=self.sweeps,
+            )
         if not bool(rows.isfinite().all()):  # the correction has spread it; say so as others do
             scale = torch.full_like(scale, torch.nan)
         return Numbers(*form.encode(levels, scale))
 
-    def _factor(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The damped Gram matrix H, and U, upper triangular, with ``U^T U = H^-1``.
+    def _target(self, weight: Tensor, factor: Tensor, inputs: Inputs) -> Tensor:
+        """The weight that answers the inputs as the float layer answers its own."""
+        if not self.correction:
+            return weight
+        dtype = correction_dtype()
+        u, shift = factor.to(dtype), weight.to(dtype) @ inputs.drift.to(dtype)
+        return weight + self.correction * (shift @ u.T @ u).float()  # H^-1 = U^T U
+
+    def _factor(self, inputs: Inputs) -> Tensor:
+        """U, upper triangular, with ``U^T U = H^-1``, H being the damped Gram matrix.
 
         Kept with the inputs, which several linears share.
         """
@@ -72,17 +79,14 @@ class Gptq(Rounding):
             return inputs.factored[self.damp]
         if not bool(inputs.gram.isfinite().all()):
             raise ValueError("its inputs hold a NaN or an infinity")
-        mean = inputs.gram.diagonal().mean()
-        if not mean > 0:
+        if not inputs.gram.diagonal().mean() > 0:
             raise ValueError("its inputs are all zero: the Gram matrix is singular")
-        damped = inputs.gram.clone()
-        # A channel that is always zero asks for nothing, but must not divide by nothing.
-        damped.diagonal().add_(self.damp * mean)
         # With rows and columns reversed, L L^T = H is R R^T = H, R upper triangular, and U = R^-1:
         # one factorization and one solution in place of an inverse between two factorizations.
         # Both overwrite what they are given, for these are the largest matrices of a calibration;
         # LAPACK counts columns first, and H is symmetric.
-        lower, failed = damped.flip(0, 1).t(), torch.empty((), dtype=torch.int32)
+        with _damped(inputs.gram, self.damp) as gram:
+            lower, failed = gram.flip(0, 1).t(), torch.empty((), dtype=torch.int32)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed):
             factor = torch.eye(len(lower)).t()
@@ -94,5 +98,19 @@ class Gptq(Rounding):
                 f"the Gram matrix of its inputs is singular even with damp={self.damp:g}: use more "
                 "calibration data or a larger damp"
             )
-        inputs.factored[self.damp] = damped, factor
-        return damped, factor
+        inputs.factored[self.damp] = factor
+        return factor
+
+
+@contextmanager
+def _damped(gram: Tensor, damp: float) -> Iterator[Tensor]:
+    """The Gram matrix with ``damp`` of its mean diagonal on the diagonal, meanwhile: it is large.
+
+    A channel that is always zero asks for nothing, but must not divide by nothing.
+    """
+    diagonal = gram.diagonal().clone()
+    try:
+        gram.diagonal().add_(damp * diagonal.mean())
+        yield gram
+    finally:
+        gram.diagonal().copy_(diagonal)
