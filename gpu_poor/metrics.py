@@ -35,6 +35,7 @@ from gpu_poor.metrics_input import (
     warn_if_few,
     windows,
 )
+from gpu_poor.modules import unwrap
 
 #: float64 elements per chunk of rows: 32 MB, so that vocabularies of 150,000 do not blow memory.
 CHUNK = 4 * 2**20
@@ -220,6 +221,7 @@ def perplexity(
     n_tokens: int | None = N_TOKENS,
 ) -> float:
     """``exp`` of the mean negative log-likelihood; arguments as for :func:`evaluate`."""
+    model = unwrap(model)
     check_model(model, "model")
     ids = _windows_for(model, text, tokenizer, length, n_tokens)
     warn_if_few(ids)
@@ -246,6 +248,7 @@ def record(
 ) -> Recording:
     """Compute the reference's side of :func:`evaluate` now; ``quantize`` works in place, so do this
     before it when float and quantized model do not fit side by side."""
+    reference = unwrap(reference)
     check_model(reference, "reference")
     check_float(reference)
     ids = _windows_for(reference, text, tokenizer, length, n_tokens)
@@ -281,6 +284,7 @@ def evaluate(
         ValueError: no text, a text too short, a reference that is quantized or the model itself,
             of another vocabulary than the model's, or logits that are not finite.
     """
+    model, reference = unwrap(model), unwrap(reference)
     if isinstance(reference, Recording):
         if text is not None:
             raise ValueError("a recording has its own text; leave out text")
