@@ -309,3 +309,16 @@ def test_it_is_measured_as_its_model_is(model):
     assert gpu_poor.metrics.perplexity(model, text, model.tokenizer) == through.perplexity
     with pytest.raises(ValueError, match="the same object"):
         gpu_poor.evaluate(model.model, model, text, model.tokenizer)
+
+
+def test_it_is_used_as_in_a_notebook():
+    """The functions for attention and cache take it, and give it back."""
+    kv_cache = pytest.importorskip("gpu_poor.kv_cache")
+    from gpu_poor.attention import use_flash_attention_if_available
+
+    model = QuantizedModel.from_pretrained(assets.STORIES260K, bits=4, verbose=False)
+    before = model.generate(PROMPT, 30)
+    assert use_flash_attention_if_available(model) is model
+    assert kv_cache.use_paged_kv_cache_if_available(model, format="fp32") is model
+    assert model.model.config._attn_implementation == "gpu_poor"
+    assert model.generate(PROMPT, 30) == before == "".join(model.stream(PROMPT, 30))
