@@ -109,8 +109,9 @@ def profile(
 ) -> Profile:
     """Measure where the time of a generated token goes, on the CPU.
 
-    The model and its answers stay as they are. Nothing else should use the machine meanwhile; on
-    a busy one the last row may even be negative.
+    The model and its answers stay as they are. A fused block is one row; ``gpu_poor.unfuse(model)``
+    before shows what it is made of, in the time that it takes unfused. Nothing else should use the
+    machine meanwhile; on a busy one the last row may even be negative.
 
     Args:
         model: a transformers model, quantized or not, or a QuantizedModel.
@@ -221,7 +222,7 @@ def _generator(model: nn.Module, ids: Tensor, n_tokens: int) -> Callable[[_Clock
             do_sample=False,
             num_beams=1,
             max_new_tokens=n_tokens,
-            min_new_tokens=n_tokens,
+            eos_token_id=-1,  # none: looking for the end costs what it always does, but is in vain
             pad_token_id=0,
             streamer=clock,
         )

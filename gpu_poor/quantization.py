@@ -161,8 +161,6 @@ class QuantizedModel(Holder):
         prompts, several = _prompts(prompt)
         if echo and not all(isinstance(p, str) for p in prompts):
             raise ValueError("echo is for prompts that are strings, not for messages")
-        if options.get("num_return_sequences", 1) != 1:
-            raise ValueError("num_return_sequences is not taken: give the prompt several times")
         rows = [self._encode(p) for p in prompts]
         stops, ends = _stops(stop), self._ends(options)
         arguments = self._arguments(rows, max_new_tokens, options)
@@ -254,6 +252,8 @@ class QuantizedModel(Holder):
 
     def _arguments(self, rows: list[list[int]], max_new_tokens: int | None, options: dict) -> dict:
         """Arguments of transformers' ``generate``: prompts padded on the left, and lengths."""
+        if stray := sorted(options.keys() & _OURS):
+            raise ValueError(f"{stray[0]} is not taken: {_OURS[stray[0]]}")
         longest = max(map(len, rows))
         room = n_positions(self.model) - longest
         if max_new_tokens is None:
@@ -277,6 +277,8 @@ class QuantizedModel(Holder):
             "attention_mask": torch.tensor(mask, device=device),
             "max_new_tokens": max_new_tokens,
             "pad_token_id": pad,
+            "num_return_sequences": 1,
+            "return_dict_in_generate": False,
         }
 
     def _ends(self, options: dict) -> list[int]:
@@ -321,6 +323,16 @@ _CONFIG_OPTIONS = (
     "critical_layers",
     "allow_partial",
 )
+
+
+#: Options of transformers' generate that have no place here, and what to do instead.
+_OURS = {
+    "num_return_sequences": "give the prompt several times",
+    "return_dict_in_generate": "the result is text; model.model.generate has the rest",
+    "stop_strings": "it is stop here",
+    "streamer": "model.stream gives the pieces",
+    "tokenizer": "QuantizedModel has one",
+}
 
 
 class _Watch(StoppingCriteria):

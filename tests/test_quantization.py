@@ -167,13 +167,14 @@ def test_beams(model):
         (PROMPT, {"max_new_tokens": 510}, ValueError, "does not fit"),
         (PROMPT, {"stop": ["x", ""]}, ValueError, "none of them empty"),
         (PROMPT, {"num_return_sequences": 2}, ValueError, "several times"),
+        (PROMPT, {"stop_strings": ["."]}, ValueError, "it is stop here"),
         ([{"role": "user", "content": "Hi"}], {}, ValueError, "no chat model"),
     ],
 )
 def test_mistakes(model, prompt, options, error, message):
     with pytest.raises(error, match=message):
         model.generate(prompt, **options)
-    if not isinstance(prompt, list) and "num_return_sequences" not in options:
+    if not isinstance(prompt, list):
         with pytest.raises(error, match=message):
             model.stream(prompt, **options)  # at once, not at the first piece
 

@@ -122,7 +122,7 @@ def n_buckets(length: int, settings: Settings) -> int:
 
 
 def _rotations(heads: int, dim: int, buckets: int, settings: Settings, device) -> Tensor:
-    """``[H_kv, D, rounds, buckets / 2]``, the same on every machine and the same as Reformer's."""
+    """``[H_kv, D, rounds, buckets / 2]``, drawn on the CPU: what Reformer draws of a seed."""
     generator = torch.Generator().manual_seed(settings.seed)
     shape = heads, dim, settings.rounds, buckets // 2
     return torch.randn(shape, generator=generator).to(device)
