@@ -308,6 +308,18 @@ def test_what_changes_the_logits_is_refused_when_it_runs():
     model = make_model("llama", attention_dropout=0.5).train()
     with pytest.raises(ValueError, match="no dropout"):
         use_lsh_attention(model, chunk=4)(tokens())
-    added = torch.zeros(1, 1, 17, 17)
-    with pytest.raises(ValueError, match="masks of bool"):
-        model.eval()(tokens(), attention_mask=added)
+    biased = torch.ones(1, 1, 17, 17)
+    with pytest.raises(ValueError, match="adds numbers"):
+        model.eval()(tokens(), attention_mask=biased)
+
+
+def test_masks_of_floats():
+    """Zero where attention is allowed, the lowest number or minus infinity where it is not."""
+    model, ids = make_model("llama"), tokens(1, 40)
+    use_lsh_attention(model, chunk=8)
+    expected = logits(model, ids)
+    causal = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    for lowest in (torch.finfo(torch.float32).min, float("-inf")):
+        mask = torch.zeros(1, 1, 40, 40).masked_fill(~causal, lowest)
+        with torch.no_grad():
+            assert_equal(model(ids, attention_mask=mask).logits, expected)

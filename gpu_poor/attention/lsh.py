@@ -316,12 +316,21 @@ def lsh_attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if dropout:
         raise ValueError("LSH attention has no dropout: model.eval(), or attention_dropout=0")
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        raise ValueError(f"LSH attention takes masks of bool, got {attention_mask.dtype}")
+    allowed = None if attention_mask is None else _allowed(attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = replace(settings, seed=settings.seed + (getattr(module, "layer_idx", None) or 0))
-    out = lsh_attention(query, key, value, scaling, settings, attention_mask)
+    out = lsh_attention(query, key, value, scaling, settings, allowed)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """A mask as bool: of floats, as some models make it, 0 is allowed and the lowest is not."""
+    if mask.dtype == torch.bool:
+        return mask
+    allowed = mask == 0
+    if not bool((allowed | (mask <= torch.finfo(mask.dtype).min)).all()):
+        raise ValueError("LSH attention cannot do a mask that adds numbers to the logits")
+    return allowed
 
 
 #: Arguments that models hand to an attention function and that change its logits.

@@ -190,7 +190,8 @@ def _gpt2(model: GPT2LMHeadModel, heads: int, kv_heads: int) -> GPTBigCodeForCau
     """The GPTBigCode with a pooled c_attn. Its names are GPT-2's; its matrices are transposed."""
     width = model.config.n_embd
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, parameter in model.named_parameters():  # a tied lm_head is tied again
+        tensor = parameter.detach()
         if name.endswith((".c_attn.weight", ".c_fc.weight", ".c_proj.weight")):  # Conv1D's
             tensor = tensor.t().contiguous()
         if ".c_attn." in name:
