@@ -16,6 +16,7 @@ from gpu_poor import hf_hook, isa, memory, nn, ops
 from gpu_poor.hybrid import make_it_work_hybrid
 from gpu_poor.memory_plan import MemoryPlan
 from gpu_poor.planner import plan, plan_memory
+from gpu_poor.profile import Profile, profile
 from gpu_poor.quantize import dequantize, quantize
 from gpu_poor.receipt import Receipt, receipt
 
@@ -27,6 +28,8 @@ except _metadata.PackageNotFoundError:  # a source tree on sys.path, not install
 __all__ = [
     "GpuPoorConfig",
     "MemoryPlan",
+    "Profile",
+    "QuantizedModel",
     "Receipt",
     "__version__",
     "assets",
@@ -42,6 +45,7 @@ __all__ = [
     "ops",
     "plan",
     "plan_memory",
+    "profile",
     "quantize",
     "receipt",
 ]
@@ -49,6 +53,7 @@ __all__ = [
 #: Public names whose module is imported on first use: hf needs transformers.
 _LAZY = {
     "GpuPoorConfig": "hf",
+    "QuantizedModel": "quantization",
     "assets": None,
     "evaluate": "metrics",
     "export": "exporters",

@@ -394,12 +394,17 @@ def attach(model: nn.Module, **options) -> None:
 
     ``options`` are those of :class:`GpuPoorConfig`.
     """
+    own_configs(model)
+    _attach(model, GpuPoorQuantizer(GpuPoorConfig(**options), pre_quantized=True))
+
+
+def own_configs(model: nn.Module) -> None:
+    """Copy a model's configs, which another model may have been made from too."""
     memo = {}  # one copy of each config, however many modules have it or a part of it
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, PreTrainedConfig):
                 setattr(module, name, copy.deepcopy(value, memo))
-    _attach(model, GpuPoorQuantizer(GpuPoorConfig(**options), pre_quantized=True))
 
 
 def keep_receipt(model: nn.Module, receipt: Receipt) -> None:

@@ -39,7 +39,7 @@ from gpu_poor.metrics_input import (
     warn_if_few,
     windows,
 )
-from gpu_poor.modules import evaluating
+from gpu_poor.modules import evaluating, unwrap
 from gpu_poor.progress import bar
 from gpu_poor.spill import Spilled
 
@@ -225,6 +225,7 @@ def perplexity(
     n_tokens: int | None = N_TOKENS,
 ) -> float:
     """``exp`` of the mean negative log-likelihood; arguments as for :func:`evaluate`."""
+    model = unwrap(model)
     check_model(model, "model")
     ids = _windows_for(model, text, tokenizer, length, n_tokens)
     warn_if_few(ids)
@@ -270,6 +271,7 @@ def record(
             be run block by block.
         OSError: the disk of the temporary file is full.
     """
+    reference = unwrap(reference)
     check_model(reference, "reference")
     check_float(reference)
     ids = _windows_for(reference, text, tokenizer, length, n_tokens)
@@ -349,6 +351,7 @@ def evaluate(
         ValueError: no text, a text too short, a reference that is quantized or the model itself,
             of another vocabulary than the model's, or logits that are not finite.
     """
+    model, reference = unwrap(model), unwrap(reference)
     if isinstance(reference, Recording):
         if text is not None:
             raise ValueError("a recording has its own text; leave out text")

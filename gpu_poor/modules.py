@@ -6,6 +6,20 @@ from contextlib import contextmanager
 from torch import nn
 
 
+class Holder:
+    """Base of what holds a model as ``.model`` and stands for it: see :func:`unwrap`."""
+
+    model: nn.Module
+
+
+def unwrap(model: "nn.Module | Holder") -> nn.Module:
+    """The model in a :class:`gpu_poor.quantization.QuantizedModel`; anything else as it is.
+
+    A function that takes a model calls this first, so that it takes both.
+    """
+    return model.model if isinstance(model, Holder) else model
+
+
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule ``name``."""
     parent, _, child = name.rpartition(".")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gpu_poor import isa, memory
+from gpu_poor.modules import unwrap
 from gpu_poor.nn import QuantizedModule
 from gpu_poor.plan import Kept
 
@@ -161,6 +162,7 @@ def receipt(model: nn.Module) -> Receipt:
     Raises:
         ValueError: the model has no quantized module.
     """
+    model = unwrap(model)
     if (found := getattr(model, "gpu_poor_receipt", None)) is not None:
         return found
     if not any(isinstance(module, QuantizedModule) for module in model.modules()):

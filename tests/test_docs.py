@@ -49,6 +49,18 @@ def test_readme_code_runs_on_the_architecture_that_it_names(tmp_path, monkeypatc
     run_readme(tmp_path, "gpt2")
 
 
+def test_code_of_the_attention_page_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
+    session = {"name": assets.STORIES260K, "text": assets.valid_text()[:6000]}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S):
+        exec(compile(block, "attention.md", "exec"), session)
+    out = capsys.readouterr().out
+    assert "4 key/value heads are 1 now" in out and "hashed, ratio 1.00" in out
+    assert "Python between" in out and (tmp_path / "profile.json").exists()
+
+
 def test_readme_shows_the_receipt():
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(assets.STORIES260K)

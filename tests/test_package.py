@@ -40,6 +40,8 @@ def test_assets_is_an_attribute():
     [
         "gpu_poor.load",
         "from gpu_poor import GpuPoorConfig",
+        "from gpu_poor.quantization import QuantizedModel",
+        "from gpu_poor.attention import use_lsh_attention",
         "from gpu_poor.examples import demo; demo.demo_production_ready()",
     ],
 )
