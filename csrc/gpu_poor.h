@@ -156,6 +156,9 @@ typedef struct {
     float *scratch;      /* [2 K][16] */
 } gp_gptq;
 
+/* What a decoder block's feed-forward network applies: GP_GELU is exact (erf). */
+typedef enum { GP_SILU, GP_GELU, GP_GELU_TANH, GP_RELU } gp_activation;
+
 /* One line per kernel: X(name, return type, parameters). */
 #define GP_KERNELS(X)                                                                             \
     /* Symmetric absmax quantization of one row x[K] into `planes` planes, plane p at             \
@@ -195,6 +198,18 @@ typedef struct {
       (const gp_grouped_weight *w, int64_t n, void *y, gp_dtype type))                               \
     X(grouped_quantize_panel, void, (const gp_grouped_quantize *a))                                     \
     X(gptq_panel, void, (const gp_gptq *a))                                                       \
+    /* y[k] = x[k] r weight[k], r = 1 / sqrt(mean of x^2 + eps). y may be x, here and below; in all    \
+     * four a row's bits are the same everywhere. K >= 1. */                                         \
+    X(rms_norm_row, void, (const float *x, const float *weight, float eps, int64_t K, float *y))     \
+    /* y[k] = (x[k] - mean) r weight[k] + bias[k], r = 1 / sqrt(variance + eps); bias or NULL. */     \
+    X(layer_norm_row, void,                                                                          \
+      (const float *x, const float *weight, const float *bias, float eps, int64_t K, float *y))      \
+    /* Rotary embedding of x[n], n even, halves together: x[i] cosine[i] - x[n/2 + i] sine[i] and      \
+     * x[n/2 + i] cosine[n/2 + i] + x[i] sine[n/2 + i]. */                                           \
+    X(rotary_row, void, (float *x, const float *cosine, const float *sine, int64_t n))               \
+    /* y[i] = f(x[i]) up[i], or f(x[i]) without up. |error of f| <= 3e-7 |x| (and 1e-37). */         \
+    X(activate_row, void,                                                                            \
+      (gp_activation kind, const float *x, const float *up, int64_t n, float *y))                    \
     /* Columns [k0, k1) of x[M][K]: largest magnitude, smallest, largest, sum of squares.         \
      * NaN propagates. M >= 1. */                                                                 \
     X(channel_stats, void,                                                                        \
