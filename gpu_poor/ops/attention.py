@@ -2,8 +2,8 @@
 
 ``pages`` ``[n, 2 (k, v), kv_heads, page_size, D]`` are float32, bfloat16, float16 or int8; int8
 ones have ``scales``, float16 ``[n, 2, kv_heads, page_size]``, one for each token and head. Slot
-s of sequence b lies in page ``block_table[b, s // page_size]``. Letters: B sequences, T new tokens, H
-query heads, D head dim.
+s of sequence b lies in page ``block_table[b, s // page_size]``. Letters: B sequences, T new
+tokens, H query heads, D head dim.
 """
 
 import math
