@@ -159,6 +159,37 @@ typedef struct {
 /* What a decoder block's feed-forward network applies: GP_GELU is exact (erf). */
 typedef enum { GP_SILU, GP_GELU, GP_GELU_TANH, GP_RELU } gp_activation;
 
+/* Keys and values of one layer, in pages of page_size tokens; slot s of a sequence lies in page
+ * table[s / page_size], of which a head's tokens lie together:
+ *     pages[page][k, v][kv_head][slot % page_size][D]      float32, bfloat16, float16 or int8
+ *     scales[page][k, v][kv_head][slot % page_size]        float16, of int8 pages; value = q * scale */
+#define GP_HEAD_DIM_MAX 512
+#define GP_CHUNK 256 /* slots that one call of attend_chunk takes */
+#define GP_PARTIAL(D) ((D) + 2)
+
+typedef struct {
+    gp_dtype type;
+    int64_t kv_heads, D, page_size;
+    void *pages;
+    uint16_t *scales; /* NULL of float pages */
+} gp_pages;
+
+/* Attention of `rows` query heads, which share kv_head, over slots [begin, end), at most GP_CHUNK of
+ * them. What it leaves of each row is combined with the other chunks' by attend_combine:
+ *     partial[row][0 .. D - 1] = sum over t of w[t] v[t]
+ *     partial[row][D]          = m = max of s[t]
+ *     partial[row][D + 1]      = sum of p[t]
+ * csrc/attention.c fixes the order of every sum, so all instruction sets give the same bits. */
+typedef struct {
+    const gp_pages *pages;
+    const int32_t *table;
+    int64_t kv_head, rows;
+    const float *q; /* [rows][D] */
+    float scale;    /* of the softmax, times log2 e */
+    int64_t begin, end;
+    float *partial; /* [rows][GP_PARTIAL(D)] */
+} gp_attend;
+
 /* One line per kernel: X(name, return type, parameters). */
 #define GP_KERNELS(X)                                                                             \
     /* Symmetric absmax quantization of one row x[K] into `planes` planes, plane p at             \
@@ -217,7 +248,14 @@ typedef enum { GP_SILU, GP_GELU, GP_GELU_TANH, GP_RELU } gp_activation;
        float *max, double *sum_square))                                                           \
     /* acc[K][K] += x^T x for rows i in [i0, i1) and columns j >= i, mirrored to acc[j][i]. */    \
     X(gram, void,                                                                                 \
-      (const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1, float *acc))
+      (const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1, float *acc))                 \
+    /* One head's key or value x[D] as pages hold it. Returns the scale of int8, as float16: 0 and  \
+     * zeros where absmax / 127 rounds to 0, NaN and zeros where x holds a NaN or an infinity. */   \
+    X(page_store_row, uint16_t, (const float *x, int64_t D, gp_dtype type, void *y))              \
+    X(attend_chunk, void, (const gp_attend *a))                                                   \
+    /* out[D] from n >= 0 partials of a row, `stride` floats apart, in their order; zeros if n = 0. */ \
+    X(attend_combine, void,                                                                       \
+      (const float *partial, int64_t n, int64_t stride, int64_t D, float *out))
 
 typedef struct {
     const char *name; /* the ISA: ref, avx2, avx512_vnni, amx */

@@ -3,6 +3,8 @@
  * activations quantized once for all linears that read them. */
 #include "ops/decoder.h"
 
+#include "ops/attention.h"
+
 namespace gpu_poor {
 
 /* -- reading ----------------------------------------------------------------------------------- */
@@ -344,10 +346,64 @@ Tensor decoder_out(const Tensor &x_in, const Tensor &attention_in, std::vector<T
     return y.rounded();
 }
 
+Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tensor &layout,
+                    const Tensor &numbers, const std::optional<Tensor> &cosine,
+                    const std::optional<Tensor> &sine, std::vector<Tensor> pages,
+                    std::vector<Tensor> scales, const Tensor &block_table, const Tensor &lengths,
+                    const std::optional<Tensor> &starts)
+{
+    const char *op = "decoder_step";
+    const Hidden x(op, x_in);
+    const Angles angles(op, cosine, sine, x);
+    Reader reader(op, weights, layout, numbers);
+    const size_t n = static_cast<size_t>(reader.blocks());
+    STD_TORCH_CHECK(pages.size() == n && (scales.empty() || scales.size() == n), op, ": ", n,
+                    " blocks, but ", pages.size(), " layers of pages and ", scales.size(), " of scales");
+    std::vector<Block> blocks;
+    std::vector<Pages> caches;
+    blocks.reserve(n), caches.reserve(n);
+    for (size_t i = 0; i < n; i++) { /* all of it before anything is stored */
+        const Block &block = blocks.emplace_back(reader.read(x.E));
+        angles.check(op, block);
+        const auto scale = scales.empty() ? std::nullopt : std::optional<Tensor>(scales[i]);
+        Pages &cache = caches.emplace_back(pages_of(op, pages[i], scale, block_table, x.B));
+        STD_TORCH_CHECK(cache.layer.kv_heads == block.G && cache.layer.D == block.D, op, ": pages of ",
+                        cache.layer.kv_heads, " heads of ", cache.layer.D, " for a block of ", block.G,
+                        " of ", block.D);
+        cache.lengths = integers(op, "lengths", lengths, 1, x.B);
+        if (starts) cache.starts = integers(op, "starts", *starts, 1, x.B);
+        cache.window = block.window;
+        if (i && cache.n_pages == caches[0].n_pages) continue;
+        check_pages(op, cache, x.T, true);
+        check_pages(op, cache, x.T, false);
+    }
+    reader.end();
+    Result y(x, {x.B, x.T, x.E});
+    for (size_t i = 0; x.M && i < n; i++) {
+        const Block &block = blocks[i];
+        const int64_t width = block.H * block.D, kv_width = block.G * block.D;
+        const float *in = i ? y.rows : x.rows;
+        const Temporary<float> attention(x.M * width), q(x.M * width), k(x.M * kv_width),
+            v(x.M * kv_width);
+        block.qkv(in, x.M, angles.rotation, q, k, v);
+        append(caches[i], k, v, kv_width, x.T);
+        {
+            Scratch scratch(Attention::bytes(caches[i], x.T, block.H));
+            attend(Attention(caches[i], q, width, x.T, block.H, block.softmax_scale, attention, width,
+                             scratch));
+        }
+        block.out(in, attention, x.M, y.rows);
+    }
+    return y.rounded();
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gpu_poor, m)
 {
+    m.def("decoder_step(Tensor x, Tensor[] weights, Tensor layout, Tensor numbers, Tensor? cos, "
+          "Tensor? sin, Tensor(a!)[] pages, Tensor(b!)[] scales, Tensor block_table, Tensor lengths, "
+          "Tensor? starts) -> Tensor");
     m.def("decoder_qkv(Tensor x, Tensor[] weights, Tensor layout, Tensor numbers, Tensor? cos, "
           "Tensor? sin) -> (Tensor, Tensor, Tensor)");
     m.def("decoder_out(Tensor x, Tensor attention, Tensor[] weights, Tensor layout, Tensor numbers)"
@@ -356,6 +412,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpu_poor, m)
 
 STABLE_TORCH_LIBRARY_IMPL(gpu_poor, CPU, m)
 {
+    m.impl("decoder_step", TORCH_BOX(&decoder_step));
     m.impl("decoder_qkv", TORCH_BOX(&decoder_qkv));
     m.impl("decoder_out", TORCH_BOX(&decoder_out));
 }

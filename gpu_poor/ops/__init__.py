@@ -7,6 +7,7 @@ written here, with the same result within float rounding. A file for each family
 Letters: M rows (tokens), N out features, K in features, G group size, P panels of 16 rows.
 """
 
+from gpu_poor.ops.attention import paged_append, paged_attention, paged_gather
 from gpu_poor.ops.common import ACTIVATIONS, FLOATS, Q_MAX
 from gpu_poor.ops.gptq import gptq
 from gpu_poor.ops.grouped import (
@@ -41,4 +42,7 @@ __all__ = [
     "int8_embedding",
     "int8_linear",
     "int8_quantize",
+    "paged_append",
+    "paged_attention",
+    "paged_gather",
 ]

@@ -1,0 +1,104 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Reference attention of few query tokens over a cache in pages: softmax(q . k * scale) v, with the
+ * sequence cut into chunks of GP_CHUNK slots that are combined in their order (Dao et al.,
+ * arXiv:2205.14135; the split over the sequence is flash decoding). The chunks are counted from the first
+ * visible token, so neither pages nor batch, padding or threads change a bit of the result.
+ *
+ *     s[t] = dot(q * scale, k[t]) (* k_scale[t])       scale holds log2 e
+ *     p[t] = 2^(s[t] - m),   w[t] = p[t] (* v_scale[t])
+ *
+ * Sums whose order matters are kept in 16 lanes, element i in lane i % 16, and folded in halves: lane
+ * l + 8 to l, l + 4 to l, and so on. That is the vector of AVX-512, and two of AVX2.
+ */
+#include <math.h>
+
+#include "attention.h"
+
+static float fold(float lane[16])
+{
+    for (int width = 8; width; width /= 2)
+        for (int l = 0; l < width; l++) lane[l] += lane[l + width];
+    return lane[0];
+}
+
+static float dot_row(const float *q, const void *k, gp_dtype type, int64_t at, int64_t D)
+{
+    float lane[16] = {0};
+    for (int64_t d = 0; d < D; d++) lane[d % 16] = fmaf(q[d], gp_load(k, type, at + d), lane[d % 16]);
+    return fold(lane);
+}
+
+static void attend_row(const gp_attend *a, const float *q_in, float *out)
+{
+    const gp_pages *c = a->pages;
+    const int64_t n = a->end - a->begin, D = c->D;
+    float q[GP_HEAD_DIM_MAX], s[GP_CHUNK], lane[16] = {0}, m = -INFINITY;
+    for (int64_t d = 0; d < D; d++) q[d] = q_in[d] * a->scale, out[d] = 0;
+    for (int64_t t = 0; t < n; t++) {
+        const int64_t k = gp_slot(a, 0, a->begin + t);
+        s[t] = dot_row(q, c->pages, c->type, k * D, D);
+        if (c->scales) s[t] *= gp_f16_to_float(c->scales[k]);
+        if (s[t] > m) m = s[t];
+    }
+    for (int64_t t = 0; t < n; t++) {
+        const int64_t v = gp_slot(a, 1, a->begin + t);
+        float w = gp_exp2(s[t] - m);
+        lane[t % 16] += w;
+        if (c->scales) w *= gp_f16_to_float(c->scales[v]);
+        for (int64_t d = 0; d < D; d++)
+            out[d] = fmaf(w, gp_load(c->pages, c->type, v * D + d), out[d]);
+    }
+    out[D] = m;
+    out[D + 1] = fold(lane);
+}
+
+static void attend_chunk_ref(const gp_attend *a)
+{
+    const int64_t D = a->pages->D;
+    for (int64_t r = 0; r < a->rows; r++)
+        attend_row(a, a->q + r * D, a->partial + r * GP_PARTIAL(D));
+}
+
+static void attend_combine_ref(const float *partial, int64_t n, int64_t stride, int64_t D, float *out)
+{
+    float m = -INFINITY, sum = 0;
+    for (int64_t d = 0; d < D; d++) out[d] = 0;
+    for (int64_t i = 0; i < n; i++) m = partial[i * stride + D] > m ? partial[i * stride + D] : m;
+    for (int64_t i = 0; i < n; i++) {
+        const float *part = partial + i * stride, w = gp_exp2(part[D] - m);
+        sum = fmaf(w, part[D + 1], sum);
+        for (int64_t d = 0; d < D; d++) out[d] = fmaf(w, part[d], out[d]);
+    }
+    const float inverse = n ? 1 / sum : 0;
+    for (int64_t d = 0; d < D; d++) out[d] *= inverse;
+}
+
+/* q = rint(x / scale) with the scale as it is stored, so its own rounding costs nothing but the clamp
+ * of values that it made larger than 127 steps. */
+static uint16_t page_store_row_ref(const float *x, int64_t D, gp_dtype type, void *y)
+{
+    if (type != GP_I8) {
+        for (int64_t d = 0; d < D; d++) gp_store(y, type, d, x[d]);
+        return 0;
+    }
+    uint32_t absmax = 0; /* as bits: a NaN or an infinity ends up on top */
+    for (int64_t d = 0; d < D; d++) {
+        const uint32_t bits = gp_bits(x[d]) & 0x7fffffffu;
+        absmax = bits > absmax ? bits : absmax;
+    }
+    uint16_t scale;
+    const float inverse = gp_page_scale(absmax, &scale);
+    for (int64_t d = 0; d < D; d++) {
+        float q = inverse ? rintf(x[d] * inverse) : 0;
+        ((int8_t *)y)[d] = (int8_t)(q > 127 ? 127 : q < -127 ? -127 : q);
+    }
+    return scale;
+}
+
+const gp_impl gp_impl_attention_ref = {
+    .name = "ref",
+    .page_store_row = page_store_row_ref,
+    .attend_chunk = attend_chunk_ref,
+    .attend_combine = attend_combine_ref,
+};

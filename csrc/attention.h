@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: MIT
+ * What the attention kernels of every instruction set share. */
+#ifndef GPU_POOR_ATTENTION_H
+#define GPU_POOR_ATTENTION_H
+
+#include "common.h"
+
+/* Row of `pages`, and index of `scales`, of a slot's key (part 0) or value (1). */
+GP_INLINE int64_t gp_slot(const gp_attend *a, int part, int64_t slot)
+{
+    const gp_pages *c = a->pages;
+    const int64_t page = a->table[slot / c->page_size];
+    return ((page * 2 + part) * c->kv_heads + a->kv_head) * c->page_size + slot % c->page_size;
+}
+
+/* 2^x for x <= 0, within 2 ulp; 0 below -126, a NaN stays one. 2^n by its bits, times a polynomial for the
+ * rest in [-0.5, 0.5]: minimax of degree 6 with 2^0 = 1, relative error 2e-9 before rounding.
+ * Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits. */
+#define GP_EXP2_ROUND 12582912.0f
+#define GP_EXP2_POLYNOMIAL                                                                        \
+    {0x1.41fbbcp-13f, 0x1.5f3e52p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f,            \
+     0x1.62e430p-1f,  1.0f}
+
+GP_INLINE float gp_exp2(float x)
+{
+    static const float c[] = GP_EXP2_POLYNOMIAL;
+    if (x < -126) return 0;
+    const float shifted = x + GP_EXP2_ROUND, f = x - (shifted - GP_EXP2_ROUND);
+    float p = c[0];
+    for (int i = 1; i < 7; i++) p = __builtin_fmaf(p, f, c[i]);
+    return p * gp_from_bits((gp_bits(shifted) << 23) + 0x3f800000u);
+}
+
+/* Scale of an int8 row from the bits of its absmax, and the reciprocal; 0: all q are 0. */
+GP_INLINE float gp_page_scale(uint32_t absmax, uint16_t *scale)
+{
+    *scale = absmax < 0x7f800000u ? gp_float_to_f16(gp_from_bits(absmax) / 127) : 0x7e00;
+    const float rounded = gp_f16_to_float(*scale);
+    return rounded > 0 && rounded <= 65504 ? 1 / rounded : 0;
+}
+
+#endif
