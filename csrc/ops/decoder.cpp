@@ -97,8 +97,8 @@ static int64_t outputs(const Reader &reader, int64_t i)
 
 Block::Block(Reader &reader, int64_t hidden)
     : E(hidden), H(reader.column(kHeads)), G(reader.column(kKvHeads)), D(reader.column(kHeadDim)),
-      rotary(reader.column(kRotary)), window(reader.column(kWindow)),
-      softmax_scale(reader.number(kSoftmaxScale)), qkv_(reader.column(kQkv)),
+      window(reader.column(kWindow)), softmax_scale(reader.number(kSoftmaxScale)),
+      qkv_(reader.column(kQkv)),
       gated_(reader.column(kGated)), parallel_(reader.column(kParallel)),
       inner_(outputs(reader, 4) / (gated_ == 2 ? 2 : 1)),
       activation_(static_cast<gp_activation>(reader.column(kActivation))),
@@ -110,8 +110,7 @@ Block::Block(Reader &reader, int64_t hidden)
 {
     const char *op = reader.op;
     const bool one = qkv_ != 0;
-    STD_TORCH_CHECK(H > 0 && G > 0 && D > 0 && H % G == 0 && rotary >= 0 && rotary <= D && rotary % 2 == 0 &&
-                        window >= 0 && qkv_ >= 0 && qkv_ <= 2 && (qkv_ != 2 || G == H) && gated_ >= 0 &&
+    STD_TORCH_CHECK(H > 0 && G > 0 && D > 0 && H % G == 0 && window >= 0 && qkv_ >= 0 && qkv_ <= 2 && (qkv_ != 2 || G == H) && gated_ >= 0 &&
                         gated_ <= 2 && activation_ >= GP_SILU && activation_ <= GP_RELU,
                     op, ": layout does not describe a block");
     STD_TORCH_CHECK(attention_norm_ && (network_norm_ || parallel_) && o_.linear.N == E &&
@@ -151,12 +150,12 @@ void Block::split(const float *from, int64_t m, float *q, float *k, float *v) co
 
 void Block::finish_heads(int64_t m, const Rotation &rotation, float *q, float *k) const
 {
-    const float *cosine = rotation.cosine + m % rotation.rows * rotary;
-    const float *sine = rotation.sine + m % rotation.rows * rotary;
+    const float *cosine = rotation.cosine + m % rotation.rows * rotation.dims;
+    const float *sine = rotation.sine + m % rotation.rows * rotation.dims;
     const auto finish = [&](const Norm &norm, float *heads, int64_t n) {
         for (int64_t h = 0; h < n; h++, heads += D) {
             if (norm) norm(heads, heads);
-            if (rotary) gp.rotary_row(heads, cosine, sine, rotary);
+            if (rotation.dims) gp.rotary_row(heads, cosine, sine, rotation.dims);
         }
     };
     finish(q_norm_, q + m * H * D, H);
@@ -174,7 +173,7 @@ void Block::qkv(const float *x, int64_t M, const Rotation &rotation, float *q, f
     apply({{&q_.linear, &inputs, qkv_ ? all.get() : q},
            {&k_.linear, &inputs, k},
            {&v_.linear, &inputs, v}}, M);
-    if (!qkv_ && !rotary && !q_norm_ && !k_norm_) return;
+    if (!qkv_ && !rotation.dims && !q_norm_ && !k_norm_) return;
     for_tokens(M, (H + 2 * G) * D, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; m++) {
             if (qkv_) split(all, m, q, k, v);
@@ -287,7 +286,7 @@ class Angles {
                         op, ": cos and sin must be [1 or B, T, rotary] with B = ", x.B, ", T = ", x.T,
                         ", got ", shape_of(c), " and ", shape_of(s));
         const gp_dtype type = float_type(c.scalar_type(), op, "cos");
-        dims = c.size(2), rotation.rows = c.size(0) * c.size(1);
+        rotation.dims = c.size(2), rotation.rows = c.size(0) * c.size(1);
         cosine_ = dense(c), sine_ = dense(s);
         const int64_t n = c.numel();
         scratch_.emplace(type == GP_F32 ? 0 : 2 * Scratch::bytes<float>(n));
@@ -296,11 +295,10 @@ class Angles {
     }
     void check(const char *op, const Block &block) const
     {
-        STD_TORCH_CHECK(block.rotary == dims, op, ": the block rotates ", block.rotary,
-                        " dimensions of a head, cos has ", dims);
+        STD_TORCH_CHECK(rotation.dims <= block.D && rotation.dims % 2 == 0, op, ": cos has ",
+                        rotation.dims, " dimensions, a head ", block.D);
     }
     Rotation rotation;
-    int64_t dims = 0;
 
   private:
     std::optional<Tensor> cosine_, sine_;
@@ -320,13 +318,17 @@ Block only_block(const char *op, const std::vector<Tensor> &weights, const Tenso
 std::tuple<Tensor, Tensor, Tensor> decoder_qkv(const Tensor &x_in, std::vector<Tensor> weights,
                                                const Tensor &layout, const Tensor &numbers,
                                                const std::optional<Tensor> &cosine,
-                                               const std::optional<Tensor> &sine)
+                                               const std::optional<Tensor> &sine, int64_t heads,
+                                               int64_t kv_heads, int64_t head_dim)
 {
     const char *op = "decoder_qkv";
     const Hidden x(op, x_in);
     const Block block = only_block(op, weights, layout, numbers, x.E);
     const Angles angles(op, cosine, sine, x);
     angles.check(op, block);
+    STD_TORCH_CHECK(heads == block.H && kv_heads == block.G && head_dim == block.D, op, ": layout says ",
+                    block.H, " and ", block.G, " heads of ", block.D, ", not ", heads, " and ", kv_heads,
+                    " of ", head_dim);
     Result q(x, {x.B, x.T, block.H, block.D}), k(x, {x.B, x.T, block.G, block.D}),
         v(x, {x.B, x.T, block.G, block.D});
     if (x.M) block.qkv(x.rows, x.M, angles.rotation, q.rows, k.rows, v.rows);
@@ -405,7 +407,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpu_poor, m)
           "Tensor? sin, Tensor(a!)[] pages, Tensor(b!)[] scales, Tensor block_table, Tensor lengths, "
           "Tensor? starts) -> Tensor");
     m.def("decoder_qkv(Tensor x, Tensor[] weights, Tensor layout, Tensor numbers, Tensor? cos, "
-          "Tensor? sin) -> (Tensor, Tensor, Tensor)");
+          "Tensor? sin, int heads, int kv_heads, int head_dim) -> (Tensor, Tensor, Tensor)");
     m.def("decoder_out(Tensor x, Tensor attention, Tensor[] weights, Tensor layout, Tensor numbers)"
           " -> Tensor");
 }

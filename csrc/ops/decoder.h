@@ -18,7 +18,6 @@ enum Column {
     kHeads,
     kKvHeads,
     kHeadDim,
-    kRotary,     /* of so many dimensions of a head, halves together; 0: none */
     kQkv,        /* 0: q, k and v; 1: one linear of q, k, v one after the other; 2: head by head */
     kGated,      /* 0: f(first); 1: f(gate) * up; 2: the same in one linear, gate first */
     kActivation, /* gp_activation */
@@ -55,10 +54,11 @@ class Norm {
     Floats weight_, bias_;
 };
 
-/* Cosines and sines of rotary embeddings: token m's row is m % rows. */
+/* Cosines and sines [rows][dims] of rotary embeddings, for the first dims of a head, whose halves lie
+ * together: token m's row is m % rows. No dims: none. */
 struct Rotation {
     const float *cosine = nullptr, *sine = nullptr;
-    int64_t rows = 1;
+    int64_t rows = 1, dims = 0;
 };
 
 class Block {
@@ -70,7 +70,7 @@ class Block {
     /* y = the block's output from its input and from what attention made, [M][H D]. y may be x. */
     void out(const float *x, const float *attention, int64_t M, float *y) const;
 
-    int64_t E, H, G, D, rotary, window;
+    int64_t E, H, G, D, window;
     float softmax_scale;
 
   private:

@@ -9,6 +9,7 @@ Letters: M rows (tokens), N out features, K in features, G group size, P panels 
 
 from gpu_poor.ops.attention import paged_append, paged_attention, paged_gather
 from gpu_poor.ops.common import ACTIVATIONS, FLOATS, Q_MAX
+from gpu_poor.ops.decoder import decoder_out, decoder_qkv, decoder_step
 from gpu_poor.ops.gptq import gptq
 from gpu_poor.ops.grouped import (
     grouped_dequantize,
@@ -28,6 +29,9 @@ __all__ = [
     "FLOATS",
     "Q_MAX",
     "channel_stats",
+    "decoder_out",
+    "decoder_qkv",
+    "decoder_step",
     "gptq",
     "gram_",
     "grouped_dequantize",

@@ -1,0 +1,166 @@
+"""A block's forward through the fused operators, and when it must not take it.
+
+A fused block is an object of a subclass made here of the class that it had. The subclass adds a
+forward and nothing else: no modules, no parameters, no buffers. It has the name of the class it
+was made from, which is what transformers knows classes by, and is pickled as that one.
+"""
+
+import functools
+import inspect
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from gpu_poor import ops
+from gpu_poor.fusion.binding import Binding, NotFused, architecture_of, bind, original
+
+#: Where a block keeps its binding and what its last call did: never in a state_dict or a copy.
+BINDING, LAST = "_gp_binding", "_gp_last"
+
+
+def binding_of(block: nn.Module) -> Binding:
+    """The binding of a block as it is now."""
+    binding = block.__dict__.get(BINDING)
+    if binding is None or not binding.watch.unchanged():
+        binding = bind(block)
+        block.__dict__[BINDING] = binding
+    return binding
+
+
+def refusal(binding: Binding, x: Tensor) -> str | None:
+    """Why a bound block can't take its fused path in this call."""
+    if binding.reason:
+        return binding.reason
+    if type(x) is not Tensor or x.dim() != 3 or x.dtype not in ops.FLOATS or not x.is_cpu:
+        return f"hidden states are {x.dtype} {tuple(x.shape)} on {x.device.type}"
+    if torch.is_grad_enabled() and (x.requires_grad or binding.requires_grad()):
+        return "gradients are wanted: call it under torch.no_grad()"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast"
+    if any(binding.watch.hooks) and (who := hooked(binding)):
+        return who
+    return None
+
+
+def hooked(binding: Binding) -> str | None:
+    """Whether a module inside has a hook that would notice that it is not called.
+
+    transformers leaves the hooks of ``output_attentions`` behind, which do nothing in other calls.
+    """
+    for hooks in binding.watch.hooks:
+        for hook in hooks.values():
+            if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+                return "a module inside has a hook"
+            if wanted := captured() - {"hidden_states"}:
+                return f"output_{min(wanted)}"
+    return None
+
+
+def captured() -> set[str]:
+    """What transformers' hooks collect in the call that is running."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = capturing and capturing._active_collector.get()
+    return set(collector or ())
+
+
+def forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs):
+    """The block's forward: through the operators where it can be."""
+    base = original(type(self)).forward
+    if torch.compiler.is_compiling():
+        return base(self, hidden_states, *args, **kwargs)
+    call = dict(zip(type(self)._gp_arguments, args, strict=False)) | kwargs
+    binding = binding_of(self)
+    reason = refusal(binding, hidden_states)
+    if reason is None and call.get("encoder_hidden_states") is not None:
+        reason = "cross attention"
+    if reason is None and call.get("output_attentions"):
+        reason = "output_attentions"
+    self.__dict__[LAST] = reason
+    if reason is not None:
+        return base(self, hidden_states, *args, **kwargs)
+    y = _run(self, binding, hidden_states, call)
+    return (y,) if type(self)._gp_returns_tuple else y
+
+
+def _run(block: nn.Module, binding: Binding, x: Tensor, call: dict) -> Tensor:
+    entry = architecture_of(block)
+    stored = binding.tensors, binding.layout, binding.numbers
+    position = call.pop("position_embeddings", None)
+    cos, sin = position if entry.rotary else (None, None)
+    heads = ops.decoder_qkv(x, *stored, cos, sin, *binding.heads)
+    q, k, v = (t.transpose(1, 2) for t in heads)
+    cache, attention = call.pop(entry.cache, None), binding.attention
+    if cache is not None:
+        k, v = _update(cache, k, v, attention.layer_idx, call.get("cache_position"))
+    mask = call.pop("attention_mask", None)
+    for name in ("encoder_hidden_states", "encoder_attention_mask", "output_attentions"):
+        call.pop(name, None)
+    if entry.window:
+        call["sliding_window"] = binding.window or None
+    out, _ = attention_function(attention)(
+        attention, q, k, v, mask, dropout=0.0, scaling=binding.softmax_scale, **call
+    )
+    return ops.decoder_out(x, out.reshape(*x.shape[:2], -1), *stored)
+
+
+def _update(cache, k: Tensor, v: Tensor, layer: int, position: Tensor | None):
+    if position is None:
+        return cache.update(k, v, layer)
+    return cache.update(k, v, layer, {"cache_position": position})  # transformers before 5.10
+
+
+def attention_function(attention: nn.Module):
+    """What the model's ``attn_implementation`` stands for."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    home = sys.modules[type(attention).__module__]
+    return ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention.config._attn_implementation, home.eager_attention_forward
+    )
+
+
+@functools.cache
+def fused_class(cls: type) -> type:
+    """The subclass that a block of class ``cls`` becomes when it is fused."""
+    parameters = inspect.signature(cls.forward).parameters
+    names = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD][2:]
+    return subclass(
+        cls,
+        functools.wraps(cls.forward)(_copy(forward)),
+        _gp_arguments=tuple(names),
+        _gp_returns_tuple="output_attentions" in names,
+    )
+
+
+def _copy(function):
+    """A function object of its own, for attributes of its own."""
+    return lambda *args, **kwargs: function(*args, **kwargs)
+
+
+def subclass(cls: type, method, **attributes) -> type:
+    """A subclass with another forward, which passes for ``cls`` wherever a name decides."""
+    body = {
+        "forward": method,
+        "__reduce_ex__": _reduce,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_gp_original": cls,
+    }
+    return type(cls)(cls.__name__, (cls,), body | attributes)
+
+
+def _reduce(self: nn.Module, protocol: int):
+    state = {name: value for name, value in vars(self).items() if name not in (BINDING, LAST)}
+    return _restore, (original(type(self)),), state
+
+
+def _restore(cls: type) -> nn.Module:
+    """What copies and pickles begin as: fused as the object was."""
+    from gpu_poor.fusion import fused_type
+
+    return object.__new__(fused_type(cls))
+
+
+__all__ = ["BINDING", "LAST", "NotFused", "binding_of", "fused_class", "refusal", "subclass"]
