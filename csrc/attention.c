@@ -36,18 +36,18 @@ static void attend_row(const gp_attend *a, const float *q_in, float *out)
     float q[GP_HEAD_DIM_MAX], s[GP_CHUNK], lane[16] = {0}, m = -INFINITY;
     for (int64_t d = 0; d < D; d++) q[d] = q_in[d] * a->scale, out[d] = 0;
     for (int64_t t = 0; t < n; t++) {
-        const int64_t k = gp_slot(a, 0, a->begin + t);
-        s[t] = dot_row(q, c->pages, c->type, k * D, D);
-        if (c->scales) s[t] *= gp_f16_to_float(c->scales[k]);
+        const gp_place k = gp_slot(c, a->table, 0, a->kv_head, a->begin + t);
+        s[t] = dot_row(q, c->pages, c->type, k.row, D);
+        if (c->scales) s[t] *= gp_f16_to_float(c->scales[k.scale]);
         if (s[t] > m) m = s[t];
     }
     for (int64_t t = 0; t < n; t++) {
-        const int64_t v = gp_slot(a, 1, a->begin + t);
+        const gp_place v = gp_slot(c, a->table, 1, a->kv_head, a->begin + t);
         float w = gp_exp2(s[t] - m);
         lane[t % 16] += w;
-        if (c->scales) w *= gp_f16_to_float(c->scales[v]);
+        if (c->scales) w *= gp_f16_to_float(c->scales[v.scale]);
         for (int64_t d = 0; d < D; d++)
-            out[d] = fmaf(w, gp_load(c->pages, c->type, v * D + d), out[d]);
+            out[d] = fmaf(w, gp_load(c->pages, c->type, v.row + d), out[d]);
     }
     out[D] = m;
     out[D + 1] = fold(lane);

@@ -5,12 +5,17 @@
 
 #include "common.h"
 
-/* Row of `pages`, and index of `scales`, of a slot's key (part 0) or value (1). */
-GP_INLINE int64_t gp_slot(const gp_attend *a, int part, int64_t slot)
+/* Where in `pages` a slot's key (part 0) or value (1) begins, and its index in `scales`. */
+typedef struct {
+    int64_t row, scale;
+} gp_place;
+
+GP_INLINE gp_place gp_slot(const gp_pages *c, const int32_t *table, int part, int64_t head,
+                           int64_t slot)
 {
-    const gp_pages *c = a->pages;
-    const int64_t page = a->table[slot / c->page_size];
-    return ((page * 2 + part) * c->kv_heads + a->kv_head) * c->page_size + slot % c->page_size;
+    const int64_t page = table[slot / c->page_size];
+    const int64_t row = (part * c->kv_heads + head) * c->page_size + slot % c->page_size;
+    return (gp_place){page * c->page_stride + row * c->D, page * c->scale_stride + row};
 }
 
 /* 2^x for x <= 0, within 2 ulp; 0 below -126, a NaN stays one. 2^n by its bits, times a polynomial for the

@@ -171,7 +171,9 @@ typedef struct {
     gp_dtype type;
     int64_t kv_heads, D, page_size;
     void *pages;
-    uint16_t *scales; /* NULL of float pages */
+    int64_t page_stride; /* elements from a page to the next: other layers' may lie between */
+    uint16_t *scales;    /* NULL of float pages */
+    int64_t scale_stride;
 } gp_pages;
 
 /* Attention of `rows` query heads, which share kv_head, over slots [begin, end), at most GP_CHUNK of

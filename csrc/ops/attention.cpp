@@ -4,10 +4,65 @@
 
 #include <cmath>
 
-#include "../common.h"
+#include "../attention.h"
 #include "ops/weights.h"
 
 namespace gpu_poor {
+
+/* Only the pages themselves may lie apart. */
+static bool dense_pages(const Tensor &t)
+{
+    int64_t stride = 1;
+    for (int64_t i = t.dim() - 1; i > 0; i--) {
+        if (t.size(i) != 1 && t.stride(i) != stride) return false;
+        stride *= t.size(i);
+    }
+    return t.size(0) <= 1 || t.stride(0) >= stride;
+}
+
+static gp_pages layer_of(const char *op, const Tensor &pages, const std::optional<Tensor> &scales)
+{
+    STD_TORCH_CHECK(pages.dim() == 5 && pages.size(1) == 2 && pages.is_cpu(), op,
+                    ": pages must be [n, 2, kv_heads, page_size, D], got ", shape_of(pages));
+    const bool int8 = pages.scalar_type() == ScalarType::Char;
+    const int64_t heads = pages.size(2), size = pages.size(3), D = pages.size(4);
+    STD_TORCH_CHECK(heads >= 1 && size >= 1 && D >= 1 && D <= GP_HEAD_DIM_MAX, op,
+                    ": head_dim must be 1 to ", GP_HEAD_DIM_MAX, ", and no size 0, got ",
+                    shape_of(pages));
+    STD_TORCH_CHECK(dense_pages(pages), op, ": each page must be contiguous, got strides that aren't");
+    bool fits = int8 == scales.has_value();
+    if (fits && scales) {
+        fits = scales->scalar_type() == ScalarType::Half && scales->dim() == 4 &&
+               dense_pages(*scales) && scales->is_cpu();
+        for (int64_t i = 0; fits && i < 4; i++) fits = scales->size(i) == pages.size(i);
+    }
+    STD_TORCH_CHECK(fits, op, ": int8 pages need float16 scales [n, 2, kv_heads, page_size], others none");
+    gp_dtype type = int8 ? GP_I8 : float_type(pages.scalar_type(), op, "pages");
+    return {type, heads, D, size, pages.data_ptr(), pages.stride(0),
+            scales ? static_cast<uint16_t *>(scales->data_ptr()) : nullptr,
+            scales ? scales->stride(0) : 0};
+}
+
+static const int32_t *integers(const char *op, const char *name, const Tensor &t, int64_t dim, int64_t batch)
+{
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == dim && t.size(0) == batch &&
+                        t.is_contiguous() && t.is_cpu(),
+                    op, ": ", name, " must be a contiguous int32 ", dim == 1 ? "[B]" : "[B, max_pages]",
+                    " with B = ", batch, ", got ", shape_of(t));
+    return static_cast<const int32_t *>(t.data_ptr());
+}
+
+Pages pages_of(const char *op, const Tensor &pages, const std::optional<Tensor> &scales,
+               const Tensor &block_table, int64_t batch)
+{
+    Pages p = {};
+    p.layer = layer_of(op, pages, scales);
+    p.n_pages = pages.size(0);
+    p.batch = batch;
+    p.block_table = integers(op, "block_table", block_table, 2, batch);
+    p.table_stride = block_table.size(1);
+    return p;
+}
 
 void check_pages(const char *op, const Pages &pages, int64_t T, bool appends)
 {
@@ -31,22 +86,19 @@ void check_pages(const char *op, const Pages &pages, int64_t T, bool appends)
 void append(const Pages &pages, const float *k, const float *v, int64_t stride, int64_t T)
 {
     const gp_pages &layer = pages.layer;
-    const int64_t heads = layer.kv_heads, D = layer.D, row_bytes = D * gp_size(layer.type);
+    const int64_t heads = layer.kv_heads, D = layer.D, size = gp_size(layer.type);
     parallel(pages.batch * T * 2, 1, static_cast<double>(heads * D * 4),
              [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; i++) {
-                     const int64_t token = i / 2, part = i % 2, b = token / T;
-                     const int64_t slot = pages.lengths[b] + token % T;
-                     const int64_t page =
-                         pages.block_table[b * pages.table_stride + slot / layer.page_size];
+                     const int64_t token = i / 2, b = token / T, slot = pages.lengths[b] + token % T;
+                     const int part = i % 2;
                      const float *x = (part ? v : k) + token * stride;
                      for (int64_t g = 0; g < heads; g++) {
-                         const int64_t row = ((page * 2 + part) * heads + g) * layer.page_size +
-                                             slot % layer.page_size;
+                         const gp_place at = gp_slot(&layer, pages.table(b), part, g, slot);
                          const uint16_t scale =
                              gp.page_store_row(x + g * D, D, layer.type,
-                                               static_cast<char *>(layer.pages) + row * row_bytes);
-                         if (layer.scales) layer.scales[row] = scale;
+                                               static_cast<char *>(layer.pages) + at.row * size);
+                         if (layer.scales) layer.scales[at.scale] = scale;
                      }
                  }
              });
@@ -122,8 +174,7 @@ void Attention::run(int64_t task) const
     const int64_t n = range.end - range.begin, g = (task - first_[b]) / n;
     const int64_t chunk = range.begin + (task - first_[b]) % n, D = layer.D;
     const int64_t from = pages_.start(b) + chunk * GP_CHUNK;
-    gp_attend a = {&layer, pages_.block_table + b * pages_.table_stride, g, rows_, nullptr, scale_,
-                   0, 0, nullptr};
+    gp_attend a = {&layer, pages_.table(b), g, rows_, nullptr, scale_, 0, 0, nullptr};
     for (int64_t t = 0; t < T_; t++) {
         const int64_t slot = pages_.lengths[b] + t;
         a.begin = std::max(from, visible_from(pages_, b, slot));
@@ -161,50 +212,6 @@ void attend(const Attention &attention)
     parallel(attention.tasks(), 1, attention.bytes_per_task(), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) attention.run(i);
     });
-}
-
-static gp_pages layer_of(const char *op, const Tensor &pages, const std::optional<Tensor> &scales)
-{
-    STD_TORCH_CHECK(pages.dim() == 5 && pages.size(1) == 2 && pages.is_contiguous() && pages.is_cpu(),
-                    op, ": pages must be a contiguous [n, 2, kv_heads, page_size, D], got ",
-                    shape_of(pages));
-    const bool int8 = pages.scalar_type() == ScalarType::Char;
-    const int64_t heads = pages.size(2), size = pages.size(3), D = pages.size(4);
-    STD_TORCH_CHECK(heads >= 1 && size >= 1 && D >= 1 && D <= GP_HEAD_DIM_MAX, op,
-                    ": head_dim must be 1 to ", GP_HEAD_DIM_MAX, ", and no size 0, got ",
-                    shape_of(pages));
-    bool fits = int8 == scales.has_value();
-    if (fits && scales) {
-        fits = scales->scalar_type() == ScalarType::Half && scales->dim() == 4 &&
-               scales->is_contiguous() && scales->is_cpu();
-        for (int64_t i = 0; fits && i < 4; i++) fits = scales->size(i) == pages.size(i);
-    }
-    STD_TORCH_CHECK(fits, op, ": int8 pages need contiguous float16 scales [n, 2, kv_heads, page_size],"
-                              " others none");
-    gp_dtype type = int8 ? GP_I8 : float_type(pages.scalar_type(), op, "pages");
-    return {type, heads, D, size, pages.data_ptr(),
-            scales ? static_cast<uint16_t *>(scales->data_ptr()) : nullptr};
-}
-
-const int32_t *integers(const char *op, const char *name, const Tensor &t, int64_t dim, int64_t batch)
-{
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == dim && t.size(0) == batch &&
-                        t.is_contiguous() && t.is_cpu(),
-                    op, ": ", name, " must be a contiguous int32 ", dim == 1 ? "[B]" : "[B, max_pages]",
-                    " with B = ", batch, ", got ", shape_of(t));
-    return static_cast<const int32_t *>(t.data_ptr());
-}
-
-Pages pages_of(const char *op, const Tensor &pages, const std::optional<Tensor> &scales,
-               const Tensor &block_table, int64_t batch)
-{
-    Pages p = {};
-    p.layer = layer_of(op, pages, scales);
-    p.n_pages = pages.size(0);
-    p.batch = batch;
-    p.block_table = integers(op, "block_table", block_table, 2, batch);
-    p.table_stride = block_table.size(1);
-    return p;
 }
 
 } // namespace gpu_poor
@@ -287,21 +294,20 @@ std::tuple<Tensor, Tensor> paged_gather(const Tensor &pages, const std::optional
     check_pages(op, p, length, true);
     Tensor out[2];
     for (Tensor &t : out) t = new_tensor({p.batch, heads, length, D}, dtype);
-    const int64_t in_bytes = D * gp_size(layer.type), out_bytes = D * gp_size(type);
+    const int64_t out_bytes = D * gp_size(type);
     parallel(2 * p.batch * heads * length, layer.page_size, static_cast<double>(out_bytes),
              [&](int64_t begin, int64_t end) {
         float row[GP_HEAD_DIM_MAX];
         for (int64_t i = begin; i < end; i++) {
-            const int64_t slot = i % length, g = i / length % heads;
-            const int64_t b = i / length / heads % p.batch, part = i / length / heads / p.batch;
-            const int64_t page = p.block_table[b * p.table_stride + slot / layer.page_size];
-            const int64_t at = ((page * 2 + part) * heads + g) * layer.page_size + slot % layer.page_size;
-            const char *in = static_cast<const char *>(layer.pages) + at * in_bytes;
+            const int64_t slot = i % length, g = i / length % heads, b = i / length / heads % p.batch;
+            const int part = static_cast<int>(i / length / heads / p.batch);
+            const gp_place at = gp_slot(&layer, p.table(b), part, g, slot);
+            const char *in = static_cast<const char *>(layer.pages) + at.row * gp_size(layer.type);
             char *y = static_cast<char *>(out[part].data_ptr()) +
                       ((b * heads + g) * length + slot) * out_bytes;
             if (layer.type == GP_I8) {
                 gp.int8_dequantize_row(reinterpret_cast<const int8_t *>(in),
-                                       gp_f16_to_float(layer.scales[at]), 0, D, y, type);
+                                       gp_f16_to_float(layer.scales[at.scale]), 0, D, y, type);
             } else if (layer.type == type) {
                 std::memcpy(y, in, static_cast<size_t>(out_bytes));
             } else {

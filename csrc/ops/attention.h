@@ -22,13 +22,14 @@ struct Pages {
     int64_t window;         /* slots a token sees, itself included; 0: all */
 
     int64_t start(int64_t b) const { return starts ? starts[b] : 0; }
+    const int32_t *table(int64_t b) const { return block_table + b * table_stride; }
 };
 
-/* One layer of the cache as operators receive it, checked; its lengths, starts and window are the
- * caller's to fill in. A batch of int32 is [B], or [B, max_pages]: dim 1 or 2. */
+/* Of a layer's pages [n, 2, kv_heads, page_size, D], each contiguous, scales [n, 2, kv_heads, page_size]
+ * or none, and block_table int32 [batch, max_pages]; lengths, starts and window are left to the caller.
+ * Throws what is wrong with them. */
 Pages pages_of(const char *op, const Tensor &pages, const std::optional<Tensor> &scales,
                const Tensor &block_table, int64_t batch);
-const int32_t *integers(const char *op, const char *name, const Tensor &t, int64_t dim, int64_t batch);
 
 /* Throws unless slots [first new one, or the start; lengths + T) of each sequence lie in pages there
  * are. Not for use inside a parallel region; append and attend rely on it. */

@@ -305,6 +305,15 @@ class Angles {
     std::optional<Scratch> scratch_;
 };
 
+const int32_t *of_sequences(const char *op, const char *name, const Tensor &t, int64_t batch)
+{
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.size(0) == batch &&
+                        t.is_contiguous() && t.is_cpu(),
+                    op, ": ", name, " must be a contiguous int32 [B] with B = ", batch, ", got ",
+                    shape_of(t));
+    return static_cast<const int32_t *>(t.data_ptr());
+}
+
 Block only_block(const char *op, const std::vector<Tensor> &weights, const Tensor &layout,
                  const Tensor &numbers, int64_t hidden)
 {
@@ -372,8 +381,8 @@ Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tenso
         STD_TORCH_CHECK(cache.layer.kv_heads == block.G && cache.layer.D == block.D, op, ": pages of ",
                         cache.layer.kv_heads, " heads of ", cache.layer.D, " for a block of ", block.G,
                         " of ", block.D);
-        cache.lengths = integers(op, "lengths", lengths, 1, x.B);
-        if (starts) cache.starts = integers(op, "starts", *starts, 1, x.B);
+        cache.lengths = of_sequences(op, "lengths", lengths, x.B);
+        if (starts) cache.starts = of_sequences(op, "starts", *starts, x.B);
         cache.window = block.window;
         if (i && cache.n_pages == caches[0].n_pages) continue;
         check_pages(op, cache, x.T, true);

@@ -17,13 +17,15 @@ from gpu_poor.ops import common
 HEAD_DIM_MAX = 512
 
 
+def _dense_pages(t: Tensor) -> bool:
+    """Only the pages themselves may lie apart: other layers' parts of them lie between."""
+    return len(t) == 0 or t[0].is_contiguous()
+
+
 def _check_layer(op: str, pages: Tensor, scales: Tensor | None) -> None:
     torch._check(
-        pages.dim() == 5 and pages.shape[1] == 2 and pages.is_contiguous(),
-        lambda: (
-            f"{op}: pages must be a contiguous [n, 2, kv_heads, page_size, D], "
-            f"got {tuple(pages.shape)}"
-        ),
+        pages.dim() == 5 and pages.shape[1] == 2,
+        lambda: f"{op}: pages must be [n, 2, kv_heads, page_size, D], got {tuple(pages.shape)}",
     )
     torch._check(
         1 <= pages.shape[4] <= HEAD_DIM_MAX and pages.shape[2] >= 1 and pages.shape[3] >= 1,
@@ -31,6 +33,7 @@ def _check_layer(op: str, pages: Tensor, scales: Tensor | None) -> None:
             f"{op}: head_dim must be 1 to {HEAD_DIM_MAX}, and no size 0, got {tuple(pages.shape)}"
         ),
     )
+    torch._check(_dense_pages(pages), lambda: f"{op}: each page must be contiguous")
     int8 = pages.dtype == torch.int8
     if not int8:
         common.check_float(op, "pages", pages.dtype)
@@ -40,11 +43,8 @@ def _check_layer(op: str, pages: Tensor, scales: Tensor | None) -> None:
         else scales is not None
         and scales.dtype == torch.float16
         and scales.shape == pages.shape[:4]
-        and scales.is_contiguous(),
-        lambda: (
-            f"{op}: int8 pages need contiguous float16 scales [n, 2, kv_heads, page_size], "
-            "others none"
-        ),
+        and _dense_pages(scales),
+        lambda: f"{op}: int8 pages need float16 scales [n, 2, kv_heads, page_size], others none",
     )
 
 
@@ -209,7 +209,7 @@ def paged_append(
     """Store T tokens after the ``lengths`` that each sequence has, in place.
 
     Args:
-        pages, scales: of one layer, as above; contiguous.
+        pages, scales: of one layer, as above; each page contiguous.
         k, v: ``[B, T, kv_heads, D]`` of a float dtype, any strides. An int8 row gets the float16
             scale ``absmax / 127`` and ``q = rint(x / scale)``; one with a NaN or an infinity, or
             too large for float16, makes every attention that sees it NaN.

@@ -17,14 +17,15 @@ FORMATS = {
 
 
 def empty_pages(n, kv_heads, page_size, d, dtype):
-    """Pages and scales full of NaN (int8: 127 times NaN): what is not written must not be read."""
-    shape = (n, 2, kv_heads, page_size, d)
+    """Pages and scales full of NaN (int8: 127 times NaN): what is not written must not be read.
+
+    The second of three layers, which lie together page by page.
+    """
+    shape = (n, 3, 2, kv_heads, page_size, d)
     if dtype != torch.int8:
-        return torch.full(shape, float("nan"), dtype=dtype), None
-    return (
-        torch.full(shape, 127, dtype=dtype),
-        torch.full(shape[:4], float("nan"), dtype=torch.float16),
-    )
+        return torch.full(shape, float("nan"), dtype=dtype)[:, 1], None
+    scales = torch.full(shape[:5], float("nan"), dtype=torch.float16)
+    return torch.full(shape, 127, dtype=dtype)[:, 1], scales[:, 1]
 
 
 def block_table(batch, length, page_size):
