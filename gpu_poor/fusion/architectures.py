@@ -22,6 +22,8 @@ class Decoder:
     positions: str | None = None
     #: What makes ``position_embeddings``.
     rotary: str | None = None
+    #: What its forward returns, of transformers.modeling_outputs.
+    output: str = "BaseModelOutputWithPast"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Architecture:
     refuse: tuple[str, ...] = ()
 
 
+_NEOX = ("layers", "embed_in", "final_layer_norm")
+_PHI = ("layers", "embed_tokens", "final_layernorm")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
@@ -83,7 +87,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         output="c_proj",
         network=("mlp.c_fc", "mlp.c_proj"),
         activation="mlp.act",
-        decoder=Decoder("GPT2Model", "h", "wte", "ln_f", positions="wpe"),
+        decoder=Decoder(
+            "GPT2Model",
+            "h",
+            "wte",
+            "ln_f",
+            positions="wpe",
+            output="BaseModelOutputWithPastAndCrossAttentions",
+        ),
         rotary=False,
         refuse=("crossattention", "attn.reorder_and_upcast_attn"),
     ),
@@ -139,3 +150,6 @@ ACTIVATIONS = {
     "FastGELUActivation": Activation.GELU_TANH,
     "ReLU": Activation.RELU,
 }
+
+#: ``{name of a model's class: its blocks' entry}``.
+DECODERS = {entry.decoder.name: entry for entry in ARCHITECTURES.values()}

@@ -36,6 +36,7 @@ class Watch:
     def __init__(self):
         self.places: tuple[list[dict], list[str], list] = ([], [], [])
         self.hooks: list[dict] = []
+        self._seen: set[int] = set()
 
     def read(self, mapping: dict, key: str):
         """What ``mapping`` has under ``key``, None if it has nothing; watched from now on."""
@@ -56,26 +57,32 @@ class Watch:
         self.hooks.extend(other.hooks)
 
     def child(self, module: nn.Module, path: str) -> nn.Module:
-        """The submodule at a path, which must run as its class says.
+        """The submodule at a path; it and those on the way must run as their classes say.
 
         Raises:
-            NotFused: there is none, or it is patched.
+            NotFused: there is none, or it is patched or in training.
         """
+        done = []
         for name in path.split("."):
             parent, module = module, self.read(module._modules, name)
             if module is None:
                 raise NotFused(f"{type(parent).__name__} has no {name}")
-        self.plain(module, path)
+            done.append(name)
+            self.plain(module, ".".join(done), hooks=True)
         return module
 
-    def plain(self, module: nn.Module, path: str) -> None:
+    def plain(self, module: nn.Module, path: str, hooks: bool) -> None:
         """See that nothing comes between a call of the module and its forward."""
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
         patch = self.read(module.__dict__, "forward")
         if patch is not None and getattr(patch, "__func__", None) is not type(module).forward:
             raise NotFused(f"{path} has a forward of its own")
         if self.read(module.__dict__, "training"):
             raise NotFused("in training mode")
-        self.hooks.extend(module.__dict__[name] for name in _HOOKS)
+        if hooks:
+            self.hooks += hooks_of(module)
 
     def parameter(self, module: nn.Module, name: str) -> Tensor | None:
         return self.read(module._parameters, name)
@@ -99,6 +106,11 @@ class Binding:
 
     def requires_grad(self) -> bool:
         return any(tensor.requires_grad for tensor in self.tensors)
+
+
+def hooks_of(module: nn.Module) -> list[dict]:
+    """Where a module keeps what is called around its forward."""
+    return [module.__dict__[name] for name in _HOOKS]
 
 
 def original(cls: type) -> type:
@@ -126,7 +138,7 @@ def _bind(block: nn.Module, entry: Architecture, watch: Watch) -> Binding:
     for path in entry.refuse:
         if _attribute(block, path, None):
             raise NotFused(f"the block has {path}")
-    watch.plain(block, type(block).__name__)
+    watch.plain(block, type(block).__name__, hooks=False)
     attention = watch.child(block, entry.attention)
     head_dim = getattr(attention, entry.head_dim)
     layout, numbers = [0] * Column.COUNT, [0.0] * Number.COUNT

@@ -8,15 +8,17 @@ was made from, which is what transformers knows classes by, and is pickled as th
 import functools
 import inspect
 import sys
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
 from gpu_poor import ops
-from gpu_poor.fusion.binding import Binding, NotFused, architecture_of, bind, original
+from gpu_poor.fusion.binding import Binding, architecture_of, bind, original
 
-#: Where a block keeps its binding and what its last call did: never in a state_dict or a copy.
+#: Where a module keeps its binding, and why its last call was not fused: in no state_dict or copy.
 BINDING, LAST = "_gp_binding", "_gp_last"
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 def binding_of(block: nn.Module) -> Binding:
@@ -29,7 +31,7 @@ def binding_of(block: nn.Module) -> Binding:
 
 
 def refusal(binding: Binding, x: Tensor) -> str | None:
-    """Why a bound block can't take its fused path in this call."""
+    """Why what is bound can't take its fused path in this call."""
     if binding.reason:
         return binding.reason
     if type(x) is not Tensor or x.dim() != 3 or x.dtype not in ops.FLOATS or not x.is_cpu:
@@ -38,30 +40,31 @@ def refusal(binding: Binding, x: Tensor) -> str | None:
         return "gradients are wanted: call it under torch.no_grad()"
     if torch.is_autocast_enabled("cpu"):
         return "autocast"
-    if any(binding.watch.hooks) and (who := hooked(binding)):
-        return who
+    if any(binding.watch.hooks):
+        return hooked(binding, ignored={"hidden_states"})
     return None
 
 
-def hooked(binding: Binding) -> str | None:
+def hooked(binding: Binding, ignored: Collection[str] = ()) -> str | None:
     """Whether a module inside has a hook that would notice that it is not called.
 
     transformers leaves the hooks of ``output_attentions`` behind, which do nothing in other calls.
+
+    Args:
+        ignored: outputs of transformers that are not taken inside.
     """
-    for hooks in binding.watch.hooks:
-        for hook in hooks.values():
-            if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
-                return "a module inside has a hook"
-            if wanted := captured() - {"hidden_states"}:
-                return f"output_{min(wanted)}"
-    return None
+    ours = (hook for hooks in binding.watch.hooks for hook in hooks.values())
+    if any(getattr(hook, "__module__", None) != _CAPTURING for hook in ours):
+        return "a module inside has a hook"
+    wanted = captured() - set(ignored)
+    return f"output_{min(wanted)}" if wanted else None
 
 
 def captured() -> set[str]:
     """What transformers' hooks collect in the call that is running."""
-    capturing = sys.modules.get("transformers.utils.output_capturing")
+    capturing = sys.modules.get(_CAPTURING)
     collector = capturing and capturing._active_collector.get()
-    return set(collector or ())
+    return {name for name in collector or () if not name.startswith("_")}
 
 
 def forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs):
@@ -111,44 +114,56 @@ def _update(cache, k: Tensor, v: Tensor, layer: int, position: Tensor | None):
 
 
 def attention_function(attention: nn.Module):
-    """What the model's ``attn_implementation`` stands for."""
+    """What the model's ``attn_implementation`` stands for.
+
+    In place of "sdpa" ours, which is the same without masks and heads that it does not need.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    home = sys.modules[type(attention).__module__]
-    return ALL_ATTENTION_FUNCTIONS.get_interface(
-        attention.config._attn_implementation, home.eager_attention_forward
-    )
+    from gpu_poor.attention import NAME
+
+    name = attention.config._attn_implementation
+    name = NAME if name == "sdpa" else name
+    own = sys.modules[type(attention).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, own)
+
+
+def parameters_after(method, skip: int) -> tuple[str, ...]:
+    """Names of a method's positional parameters, self and more left out."""
+    parameters = inspect.signature(method).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)[skip:]
 
 
 @functools.cache
 def fused_class(cls: type) -> type:
     """The subclass that a block of class ``cls`` becomes when it is fused."""
-    parameters = inspect.signature(cls.forward).parameters
-    names = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD][2:]
+    names = parameters_after(cls.forward, 2)
     return subclass(
         cls,
-        functools.wraps(cls.forward)(_copy(forward)),
-        _gp_arguments=tuple(names),
-        _gp_returns_tuple="output_attentions" in names,
+        {
+            "forward": forward_like(cls, forward),
+            "_gp_arguments": names,
+            "_gp_returns_tuple": "output_attentions" in names,
+        },
     )
 
 
-def _copy(function):
-    """A function object of its own, for attributes of its own."""
-    return lambda *args, **kwargs: function(*args, **kwargs)
+def forward_like(cls: type, function):
+    """``function`` with the signature of the class's own forward."""
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        return function(self, *args, **kwargs)
+
+    return forward
 
 
-def subclass(cls: type, method, **attributes) -> type:
-    """A subclass with another forward, which passes for ``cls`` wherever a name decides."""
-    body = {
-        "forward": method,
-        "__reduce_ex__": _reduce,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "_gp_original": cls,
-    }
-    return type(cls)(cls.__name__, (cls,), body | attributes)
+def subclass(cls: type, body: dict) -> type:
+    """A subclass that passes for ``cls`` wherever a name decides."""
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls)(
+        cls.__name__, (cls,), names | body | {"__reduce_ex__": _reduce, "_gp_original": cls}
+    )
 
 
 def _reduce(self: nn.Module, protocol: int):
@@ -161,6 +176,3 @@ def _restore(cls: type) -> nn.Module:
     from gpu_poor.fusion import fused_type
 
     return object.__new__(fused_type(cls))
-
-
-__all__ = ["BINDING", "LAST", "NotFused", "binding_of", "fused_class", "refusal", "subclass"]
