@@ -133,13 +133,17 @@ def test_fused_is_eager_within_rounding(family, options):
         sequences, got, cache = generate(model, ids, attention_mask=given)
         assert not isinstance(plain, PagedKVCache) and isinstance(cache, PagedKVCache)
         assert step_reason(model) is None, step_reason(model)
-        forced = eager(sequences[:, :-1], attention_mask=_longer(given, sequences)).logits
+        forced = eager_logits(eager, sequences[:, :-1], given)
         assert got.shape == want.shape
         assert_close(got.transpose(0, 1), forced[:, ids.shape[1] - 1 :])
 
 
-def _longer(mask, sequences):
-    return torch.cat((mask, torch.ones_like(sequences[:, mask.shape[1] : -1])), 1)
+@torch.no_grad()
+def eager_logits(model, sequences, mask):
+    """Of the whole sequences at once, positions counted as generate does."""
+    mask = torch.cat((mask, torch.ones_like(sequences[:, mask.shape[1] :])), 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return model(sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits
 
 
 def test_on_every_instruction_set(isa):
@@ -159,9 +163,8 @@ def test_16_bit_models_keep_their_dtype(family, dtype):
     model = make(family).to(dtype)
     wide = make(family, fused=False).float()
     with torch.no_grad():
-        got = model(tokens(2, 9)).logits
+        got, want = model(tokens(2, 9)).logits, wide(tokens(2, 9)).logits
     assert got.dtype == dtype and reasons(model) == {None}
-    want = wide(tokens(2, 9)).logits
     spread = float(want.max() - want.min())
     assert float((got.float() - want).abs().max()) <= 0.05 * spread
     generate(model, tokens(2, 9))
