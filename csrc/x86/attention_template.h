@@ -9,29 +9,44 @@
  */
 #define ROWS 4
 
-/* What a run of slots within one page looks like to the loops. */
+/* What a run of slots within one page looks like to the loops. While one is read, `next` is fetched: the
+ * keys' runs, then the values', then the next chunk's keys. Pages lie anywhere, so no hardware knows. One
+ * core of Zen 5, 32 heads of 128 on 8, 8192 slots of int8: 5.9 GB/s without, FIGURE with. */
 typedef struct {
-    const char *data;
+    const char *data, *next;
     const uint16_t *scales;
     int64_t t, n; /* index in the chunk, slots */
 } run;
+
+INLINE void fetch(const char *x, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(x + i, _MM_HINT_T0);
+}
 
 INLINE run run_at(const gp_attend *a, int part, int64_t t)
 {
     const gp_pages *c = a->pages;
     const int64_t slot = a->begin + t;
     const gp_place at = gp_slot(c, a->table, part, a->kv_head, slot);
-    return (run){(const char *)c->pages + at.row * gp_size(c->type),
-                 c->scales ? c->scales + at.scale : NULL, t,
-                 gp_min(c->page_size - slot % c->page_size, a->end - slot)};
+    const int64_t n = gp_min(c->page_size - slot % c->page_size, a->end - slot);
+    run found = {(const char *)c->pages + at.row * gp_size(c->type), NULL,
+                 c->scales ? c->scales + at.scale : NULL, t, n};
+    found.next = found.data;
+    int64_t after = slot + n;
+    if (after == a->end) part ^= 1, after = part ? a->begin : a->end;
+    if (after < a->limit)
+        found.next = (const char *)c->pages +
+                     gp_slot(c, a->table, part, a->kv_head, after).row * gp_size(c->type);
+    return found;
 }
 
 /* s[r][t .. t + TOKENS) of R rows; q has rows of D_pad, zero beyond D. */
-INLINE void score_tile(const char *k, gp_dtype type, int64_t D, int full, const float *q, int R,
+INLINE void score_tile(const char *k, const char *next, gp_dtype type, int64_t D, int full, const float *q, int R,
                        int TOKENS, float *s)
 {
     const int64_t D_pad = gp_ceil_div(D, 16) * 16, row = D * gp_size(type);
     v16 sum[TILE];
+    fetch(next, TOKENS * row);
     for (int i = 0; i < R * TOKENS; i++) sum[i] = v16_zero();
     for (int64_t d = 0; d < D; d += 16) {
         v16 x[ROWS];
@@ -57,9 +72,10 @@ INLINE void score_run(run keys, gp_dtype type, int64_t D, int full, const float 
     const int64_t row = D * gp_size(type);
     int64_t t = 0;
     for (; t + TILE / R <= keys.n; t += TILE / R)
-        score_tile(keys.data + t * row, type, D, full, q, R, TILE / R, s + keys.t + t);
+        score_tile(keys.data + t * row, keys.next + t * row, type, D, full, q, R, TILE / R,
+                   s + keys.t + t);
     for (; t < keys.n; t++)
-        score_tile(keys.data + t * row, type, D, full, q, R, 1, s + keys.t + t);
+        score_tile(keys.data + t * row, keys.next + t * row, type, D, full, q, R, 1, s + keys.t + t);
 }
 
 /* out[r][d .. d + 16 V) += sum of w v over a run, token by token. */
@@ -72,6 +88,7 @@ INLINE void value_strip(run values, gp_dtype type, int64_t D, int64_t d, int ful
         for (int v = 0; v < V; v++) sum[r][v] = v16_load(out[r] + d + 16 * v);
     for (int64_t t = 0; t < values.n; t++) {
         v16 y[STRIP];
+        fetch(values.next + t * row + d * gp_size(type), 16 * V * gp_size(type));
         for (int v = 0; v < V; v++)
             y[v] = v16_row(values.data + t * row, type, d + 16 * v, full ? 16 : D - d);
         for (int r = 0; r < R; r++) {
