@@ -189,6 +189,7 @@ typedef struct {
     const float *q; /* [rows][D] */
     float scale;    /* of the softmax, times log2 e */
     int64_t begin, end;
+    int64_t limit;  /* slots of the sequence: what may be fetched ahead */
     float *partial; /* [rows][GP_PARTIAL(D)] */
 } gp_attend;
 

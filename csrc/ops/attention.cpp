@@ -174,7 +174,8 @@ void Attention::run(int64_t task) const
     const int64_t n = range.end - range.begin, g = (task - first_[b]) / n;
     const int64_t chunk = range.begin + (task - first_[b]) % n, D = layer.D;
     const int64_t from = pages_.start(b) + chunk * GP_CHUNK;
-    gp_attend a = {&layer, pages_.table(b), g, rows_, nullptr, scale_, 0, 0, nullptr};
+    gp_attend a = {&layer, pages_.table(b), g, rows_, nullptr, scale_, 0, 0,
+                   pages_.lengths[b] + T_, nullptr};
     for (int64_t t = 0; t < T_; t++) {
         const int64_t slot = pages_.lengths[b] + t;
         a.begin = std::max(from, visible_from(pages_, b, slot));

@@ -305,15 +305,6 @@ class Angles {
     std::optional<Scratch> scratch_;
 };
 
-const int32_t *of_sequences(const char *op, const char *name, const Tensor &t, int64_t batch)
-{
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.size(0) == batch &&
-                        t.is_contiguous() && t.is_cpu(),
-                    op, ": ", name, " must be a contiguous int32 [B] with B = ", batch, ", got ",
-                    shape_of(t));
-    return static_cast<const int32_t *>(t.data_ptr());
-}
-
 Block only_block(const char *op, const std::vector<Tensor> &weights, const Tensor &layout,
                  const Tensor &numbers, int64_t hidden)
 {
@@ -357,51 +348,111 @@ Tensor decoder_out(const Tensor &x_in, const Tensor &attention_in, std::vector<T
     return y.rounded();
 }
 
+/* A cache whose pages hold every layer's keys and values: [n, layers, 2, kv_heads, page_size, D]. */
+class Arena {
+  public:
+    Arena(const char *op, const Tensor &arena, const std::optional<Tensor> &scales,
+          const Tensor &block_table, const Tensor &lengths, const std::optional<Tensor> &starts,
+          int64_t batch)
+        : op_(op)
+    {
+        STD_TORCH_CHECK(arena.dim() == 6 && arena.size(2) == 2 && arena.is_contiguous() && arena.is_cpu() &&
+                            arena.numel() > 0 && arena.size(5) <= GP_HEAD_DIM_MAX,
+                        op, ": arena must be a contiguous [n, layers, 2, kv_heads, page_size, D], got ",
+                        shape_of(arena));
+        const bool int8 = arena.scalar_type() == ScalarType::Char;
+        bool fits = int8 == scales.has_value();
+        if (fits && scales) {
+            fits = scales->scalar_type() == ScalarType::Half && scales->dim() == 5 &&
+                   scales->is_contiguous() && scales->is_cpu();
+            for (int64_t i = 0; fits && i < 5; i++) fits = scales->size(i) == arena.size(i);
+        }
+        STD_TORCH_CHECK(fits, op, ": an int8 arena needs float16 scales of its first five sizes, others none");
+        STD_TORCH_CHECK(block_table.scalar_type() == ScalarType::Int && block_table.dim() == 2 &&
+                            block_table.size(0) == batch && block_table.is_contiguous() && block_table.is_cpu(),
+                        op, ": block_table must be a contiguous int32 [B, max_pages] with B = ", batch,
+                        ", got ", shape_of(block_table));
+        layers = arena.size(1);
+        gp_pages &layer = first_.layer;
+        layer.type = int8 ? GP_I8 : float_type(arena.scalar_type(), op, "arena");
+        layer.kv_heads = arena.size(3), layer.page_size = arena.size(4), layer.D = arena.size(5);
+        layer.pages = arena.data_ptr(), layer.page_stride = arena.stride(0);
+        layer.scales = scales ? static_cast<uint16_t *>(scales->data_ptr()) : nullptr;
+        layer.scale_stride = scales ? scales->stride(0) : 0;
+        first_.n_pages = arena.size(0), first_.batch = batch;
+        first_.block_table = static_cast<const int32_t *>(block_table.data_ptr());
+        first_.table_stride = block_table.size(1);
+        first_.lengths = of_sequences("lengths", lengths);
+        if (starts) first_.starts = of_sequences("starts", *starts);
+    }
+    /* That T more tokens of each sequence have their places. */
+    void check(int64_t T) const
+    {
+        check_pages(op_, first_, T, true);
+        check_pages(op_, first_, T, false);
+    }
+    Pages layer(int64_t i, int64_t window) const
+    {
+        Pages pages = first_;
+        const int64_t rows = i * 2 * pages.layer.kv_heads * pages.layer.page_size;
+        pages.layer.pages = static_cast<char *>(pages.layer.pages) +
+                            rows * pages.layer.D * gp_size(pages.layer.type);
+        if (pages.layer.scales) pages.layer.scales += rows;
+        pages.window = window;
+        return pages;
+    }
+    int64_t layers;
+
+  private:
+    const int32_t *of_sequences(const char *name, const Tensor &t) const
+    {
+        STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.size(0) == first_.batch &&
+                            t.is_contiguous() && t.is_cpu(),
+                        op_, ": ", name, " must be a contiguous int32 [B] with B = ", first_.batch, ", got ",
+                        shape_of(t));
+        return static_cast<const int32_t *>(t.data_ptr());
+    }
+    const char *op_;
+    Pages first_ = {};
+};
+
 Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tensor &layout,
                     const Tensor &numbers, const std::optional<Tensor> &cosine,
-                    const std::optional<Tensor> &sine, std::vector<Tensor> pages,
-                    std::vector<Tensor> scales, const Tensor &block_table, const Tensor &lengths,
-                    const std::optional<Tensor> &starts)
+                    const std::optional<Tensor> &sine, const Tensor &pages,
+                    const std::optional<Tensor> &scales, const Tensor &block_table,
+                    const Tensor &lengths, const std::optional<Tensor> &starts)
 {
     const char *op = "decoder_step";
     const Hidden x(op, x_in);
     const Angles angles(op, cosine, sine, x);
+    const Arena arena(op, pages, scales, block_table, lengths, starts, x.B);
     Reader reader(op, weights, layout, numbers);
-    const size_t n = static_cast<size_t>(reader.blocks());
-    STD_TORCH_CHECK(pages.size() == n && (scales.empty() || scales.size() == n), op, ": ", n,
-                    " blocks, but ", pages.size(), " layers of pages and ", scales.size(), " of scales");
+    STD_TORCH_CHECK(arena.layers == reader.blocks(), op, ": an arena of ", arena.layers, " layers for ",
+                    reader.blocks(), " blocks");
     std::vector<Block> blocks;
-    std::vector<Pages> caches;
-    blocks.reserve(n), caches.reserve(n);
-    for (size_t i = 0; i < n; i++) { /* all of it before anything is stored */
+    blocks.reserve(static_cast<size_t>(arena.layers));
+    for (int64_t i = 0; i < arena.layers; i++) { /* all of it before anything is stored */
         const Block &block = blocks.emplace_back(reader.read(x.E));
         angles.check(op, block);
-        const auto scale = scales.empty() ? std::nullopt : std::optional<Tensor>(scales[i]);
-        Pages &cache = caches.emplace_back(pages_of(op, pages[i], scale, block_table, x.B));
-        STD_TORCH_CHECK(cache.layer.kv_heads == block.G && cache.layer.D == block.D, op, ": pages of ",
-                        cache.layer.kv_heads, " heads of ", cache.layer.D, " for a block of ", block.G,
-                        " of ", block.D);
-        cache.lengths = of_sequences(op, "lengths", lengths, x.B);
-        if (starts) cache.starts = of_sequences(op, "starts", *starts, x.B);
-        cache.window = block.window;
-        if (i && cache.n_pages == caches[0].n_pages) continue;
-        check_pages(op, cache, x.T, true);
-        check_pages(op, cache, x.T, false);
+        STD_TORCH_CHECK(pages.size(3) == block.G && pages.size(5) == block.D, op, ": pages of ",
+                        pages.size(3), " heads of ", pages.size(5), " for a block of ", block.G, " of ",
+                        block.D);
     }
     reader.end();
+    arena.check(x.T);
     Result y(x, {x.B, x.T, x.E});
-    for (size_t i = 0; x.M && i < n; i++) {
-        const Block &block = blocks[i];
+    for (int64_t i = 0; x.M && i < arena.layers; i++) {
+        const Block &block = blocks[static_cast<size_t>(i)];
+        const Pages cache = arena.layer(i, block.window);
         const int64_t width = block.H * block.D, kv_width = block.G * block.D;
         const float *in = i ? y.rows : x.rows;
         const Temporary<float> attention(x.M * width), q(x.M * width), k(x.M * kv_width),
             v(x.M * kv_width);
         block.qkv(in, x.M, angles.rotation, q, k, v);
-        append(caches[i], k, v, kv_width, x.T);
+        append(cache, k, v, kv_width, x.T);
         {
-            Scratch scratch(Attention::bytes(caches[i], x.T, block.H));
-            attend(Attention(caches[i], q, width, x.T, block.H, block.softmax_scale, attention, width,
-                             scratch));
+            Scratch scratch(Attention::bytes(cache, x.T, block.H));
+            attend(Attention(cache, q, width, x.T, block.H, block.softmax_scale, attention, width, scratch));
         }
         block.out(in, attention, x.M, y.rows);
     }
@@ -413,7 +464,7 @@ Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tenso
 STABLE_TORCH_LIBRARY_FRAGMENT(gpu_poor, m)
 {
     m.def("decoder_step(Tensor x, Tensor[] weights, Tensor layout, Tensor numbers, Tensor? cos, "
-          "Tensor? sin, Tensor(a!)[] pages, Tensor(b!)[] scales, Tensor block_table, Tensor lengths, "
+          "Tensor? sin, Tensor(a!) pages, Tensor(b!)? scales, Tensor block_table, Tensor lengths, "
           "Tensor? starts) -> Tensor");
     m.def("decoder_qkv(Tensor x, Tensor[] weights, Tensor layout, Tensor numbers, Tensor? cos, "
           "Tensor? sin, int heads, int kv_heads, int head_dim) -> (Tensor, Tensor, Tensor)");

@@ -17,7 +17,17 @@
 
 namespace gpu_poor {
 
-class Stalls {
+/* Nanoseconds of a clock that only goes forward. */
+inline int64_t steady_now()
+{
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+/* `now` is the clock: tests have their own. */
+template <int64_t (*now)()>
+class StallsBy {
     static constexpr int64_t kMs = 1000000;
 
   public:
@@ -52,28 +62,22 @@ class Stalls {
         int64_t done_;
     };
 
-    static int64_t now()
-    {
-        return std::chrono::duration_cast<std::chrono::nanoseconds>(
-                   std::chrono::steady_clock::now().time_since_epoch())
-            .count();
-    }
-
   private:
     static void stalled(int64_t at)
     {
         const int64_t before = last_.exchange(at, std::memory_order_relaxed);
-        const int64_t back = until_.load(std::memory_order_relaxed);
-        if (at - before > kSoon && at - back > kSoon) return;
         /* Soon after the last time alone: the company is still here. */
-        const bool again = back != 0 && at - back < kSoon;
+        const bool again = at - until_.load(std::memory_order_relaxed) < kSoon;
+        if (!again && at - before > kSoon) return;
         const int64_t rest = again ? std::min(2 * rest_.load(std::memory_order_relaxed), kLongest) : kFirst;
         rest_.store(rest, std::memory_order_relaxed);
         until_.store(at + rest, std::memory_order_relaxed);
     }
 
-    inline static std::atomic<int64_t> last_{-kLongest}, until_{0}, rest_{kFirst};
+    inline static std::atomic<int64_t> last_{-kLongest}, until_{-kLongest}, rest_{kFirst};
 };
+
+using Stalls = StallsBy<steady_now>;
 
 } // namespace gpu_poor
 

@@ -6,7 +6,6 @@ replaced (LoRA, dequantize), moved or retrained is bound again, or runs as it wa
 """
 
 from dataclasses import dataclass, field
-from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +46,7 @@ class Watch:
 
     def unchanged(self) -> bool:
         """Whether every place still holds the same object."""
-        mappings, keys, values = self.places
-        return all(map(is_, map(dict.get, mappings, keys), values))
+        return isa.unchanged(*self.places)
 
     def join(self, other: "Watch") -> None:
         """Watch what ``other`` does, too."""
@@ -129,9 +127,14 @@ def bind(block: nn.Module) -> Binding:
 
 def architecture_of(block: nn.Module) -> Architecture | None:
     """The entry for a block of transformers, by its class; a subclass computes something else."""
-    cls = original(type(block))
+    return entry_of(type(block), ARCHITECTURES)
+
+
+def entry_of(cls: type, entries: dict[str, Architecture]) -> Architecture | None:
+    """The entry for a class of transformers, or for the fused one made from it."""
+    cls = original(cls)
     known = cls.__module__.startswith("transformers.models.")
-    return ARCHITECTURES.get(cls.__name__) if known else None
+    return entries.get(cls.__name__) if known else None
 
 
 def _bind(block: nn.Module, entry: Architecture, watch: Watch) -> Binding:

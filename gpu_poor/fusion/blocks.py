@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gpu_poor import ops
-from gpu_poor.fusion.binding import Binding, architecture_of, bind, original
+from gpu_poor.fusion.architectures import ARCHITECTURES
+from gpu_poor.fusion.binding import Binding, bind, entry_of, original
 
 #: Where a module keeps its binding, and why its last call was not fused: in no state_dict or copy.
 BINDING, LAST = "_gp_binding", "_gp_last"
@@ -87,7 +88,7 @@ def forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs):
 
 
 def _run(block: nn.Module, binding: Binding, x: Tensor, call: dict) -> Tensor:
-    entry = architecture_of(block)
+    entry = type(block)._gp_entry
     stored = binding.tensors, binding.layout, binding.numbers
     position = call.pop("position_embeddings", None)
     cos, sin = position if entry.rotary else (None, None)
@@ -144,6 +145,7 @@ def fused_class(cls: type) -> type:
             "forward": forward_like(cls, forward),
             "_gp_arguments": names,
             "_gp_returns_tuple": "output_attentions" in names,
+            "_gp_entry": entry_of(cls, ARCHITECTURES),
         },
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gpu_poor import ops
 from gpu_poor.fusion.architectures import DECODERS, Architecture
-from gpu_poor.fusion.binding import Binding, NotFused, Watch, hooks_of, original
+from gpu_poor.fusion.binding import Binding, NotFused, Watch, entry_of, hooks_of, original
 from gpu_poor.fusion.blocks import (
     BINDING,
     LAST,
@@ -48,9 +48,7 @@ _HARMLESS = {"return_dict": True, "output_attentions": False, "output_hidden_sta
 
 def decoder_of(model: nn.Module) -> Architecture | None:
     """The entry for a model that consists of known blocks, by its class."""
-    cls = original(type(model))
-    known = cls.__module__.startswith("transformers.models.")
-    return DECODERS.get(cls.__name__) if known else None
+    return entry_of(type(model), DECODERS)
 
 
 def bind_decoder(model: nn.Module) -> Binding:
@@ -83,7 +81,6 @@ def _bind(model: nn.Module, entry: Architecture, watch: Watch) -> Binding:
         rows.append(binding)
     joined.layout = torch.cat([row.layout for row in rows])
     joined.numbers = torch.cat([row.numbers for row in rows])
-    joined.window = [row.window for row in rows]
     return joined
 
 
@@ -105,7 +102,7 @@ def forward(self: nn.Module, *args, **kwargs):
     if isinstance(y, Tensor):
         self.__dict__[LAST] = None
         outputs = sys.modules["transformers.modeling_outputs"]
-        output = getattr(outputs, decoder_of(self).decoder.output)
+        output = getattr(outputs, type(self)._gp_entry.decoder.output)
         return output(last_hidden_state=y, past_key_values=call["past_key_values"])
     self.__dict__[LAST] = y
     return base(self, *args, **kwargs)
@@ -124,14 +121,14 @@ def _step(model: nn.Module, call: dict) -> Tensor | str:
     binding = decoder_binding_of(model)
     if binding.reason:
         return binding.reason
-    past = cache.get_seq_length()
+    past = cache.layers[0].stored
     mask = call.get("attention_mask")
     starts = None
     if mask is not None:
         starts = _starts(mask, (batch, past + tokens))
         if isinstance(starts, str):
             return starts
-    names = decoder_of(model).decoder
+    names = type(model)._gp_entry.decoder
     if x is None:
         x = getattr(model, names.embedding)(ids)
     if reason := refusal(binding, x):
@@ -155,8 +152,8 @@ def _step(model: nn.Module, call: dict) -> Tensor | str:
         binding.numbers,
         cos,
         sin,
-        [layer.pages for layer in cache.layers],
-        [layer.scales for layer in cache.layers if layer.scales is not None],
+        cache.pool.arena,
+        cache.pool.scales,
         cache.block_table,
         cache.lengths,
         starts,
@@ -170,7 +167,7 @@ def _unsuitable(model: nn.Module, cache, call: dict) -> str | None:
     if kv_cache is None or not isinstance(cache, kv_cache.PagedKVCache):
         found = "there is no cache" if cache is None else f"the cache is a {type(cache).__name__}"
         return f"{found}: pass past_key_values=PagedKVCache(model), or use generate"
-    if not cache.get_seq_length():
+    if not cache.layers[0].stored:
         return "the first tokens: block by block"
     for name, value in call.items():
         if name in _KNOWN or value is None or _HARMLESS.get(name) is value:
@@ -205,7 +202,11 @@ def decoder_class(cls: type) -> type:
     """The subclass that a model of class ``cls`` becomes when its blocks are fused."""
     return subclass(
         cls,
-        {"forward": forward_like(cls, forward), "_gp_arguments": parameters_after(cls.forward, 1)},
+        {
+            "forward": forward_like(cls, forward),
+            "_gp_arguments": parameters_after(cls.forward, 1),
+            "_gp_entry": entry_of(cls, DECODERS),
+        },
     )
 
 
@@ -245,7 +246,8 @@ def _paged(model: nn.Module, made, sequences: int, tokens: int):
     config = model.config.get_text_config(decoder=True)
     room = int(kv_cache.SHARE_OF_AVAILABLE * memory.available())
     heads, head_dim = memory.kv_shape(config)
-    page = PAGE_SIZE * len(memory.layer_windows(config)) * 2 * heads * head_dim * model.dtype.itemsize
+    token = len(memory.layer_windows(config)) * 2 * heads * head_dim * model.dtype.itemsize
+    page = PAGE_SIZE * token
     pages = sequences * math.ceil(tokens / PAGE_SIZE)
     if pages * page > room:
         return None

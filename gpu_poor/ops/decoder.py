@@ -151,8 +151,8 @@ def decoder_step(
     numbers: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
-    pages: list[Tensor],
-    scales: list[Tensor],
+    pages: Tensor,
+    scales: Tensor | None,
     block_table: Tensor,
     lengths: Tensor,
     starts: Tensor | None,
@@ -161,8 +161,9 @@ def decoder_step(
 
     Args:
         x: ``[B, T, E]``, T new tokens of each sequence, few.
-        pages, scales: of each block; no scales at all for float pages. The new keys and values are
-            stored in them after ``lengths`` int32 ``[B]``.
+        pages: ``[n, blocks, 2, G, page_size, D]``, each page with what all blocks store of its
+            tokens, contiguous. scales: float16 ``[n, blocks, 2, G, page_size]`` of int8 pages. The
+            new keys and values are stored in them after ``lengths`` int32 ``[B]``.
 
     Returns:
         ``[B, T, E]`` of x's dtype. All arguments are checked before anything is stored.

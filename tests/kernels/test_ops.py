@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from blocks import angles, block, step
 from helpers import assert_equal, assert_within, heavy_tailed, random_int8
 
 from gpu_poor import isa, ops
@@ -66,6 +67,16 @@ SAMPLES = {
         (torch.tensor([[0, 19]]), W4, S4, 32, 20, 30, torch.float32),
         (torch.tensor([3], dtype=torch.int32), A4, M4, 32, 20, 30, torch.bfloat16),
     ],
+    "decoder_qkv": [
+        (X.view(2, 3, 30), *block(), *angles(3), 4, 2, 8),
+        (X.view(2, 3, 30).bfloat16(), *block(), None, None, 4, 2, 8),
+        (X.view(2, 3, 30)[:, :0], *block(), None, None, 4, 2, 8),
+    ],
+    "decoder_out": [
+        (X.view(2, 3, 30), torch.randn(2, 3, 32), *block()),
+        (X.view(2, 3, 30).half(), torch.randn(2, 3, 32).half(), *block()),
+    ],
+    "decoder_step": [step(X.view(2, 3, 30)), step(X.view(6, 1, 30), 1, int8=True)],
     "gptq": [
         (H.float(), torch.eye(30), torch.eye(30), 32, 0, 15, True, True, 2),
         (X, torch.eye(30), torch.eye(30), 30, -127, 127, False, False, 0),
