@@ -464,3 +464,17 @@ def test_too_few_pages_leave_the_models_own_cache(monkeypatch):
     monkeypatch.setattr(gpu_poor.memory, "available", lambda: 1000)
     _, _, cache = generate(model, tokens(1, 5))
     assert not isinstance(cache, PagedKVCache)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_trained_model_says_the_same(bits):
+    name = gpu_poor.assets.STORIES260K
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    said = []
+    for fused in (False, True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+        quantize(model, bits, allow_partial=True, verbose=False, fuse=fused)
+        said.append(generate(model, ids, new=120)[0])
+    assert torch.equal(*said)
+    assert step_reason(model) is None

@@ -49,7 +49,7 @@ def fuse(model: nn.Module) -> nn.Module:
         if original(cls) is not cls:
             continue
         generates = blocks and hasattr(cls, "_prepare_cache_for_generation")
-        if architecture_of(module) or decoder_of(module) or (generates and module is model):
+        if architecture_of(module) or decoder_of(module) or generates:
             module.__class__ = fused_type(cls)
     return model
 

@@ -113,7 +113,10 @@ def _step(model: nn.Module, call: dict) -> Tensor | str:
     cache, ids, x = (call.get(n) for n in ("past_key_values", "input_ids", "inputs_embeds"))
     if (ids is None) == (x is None):
         return "neither or both of input_ids and inputs_embeds"
-    batch, tokens = (ids if x is None else x).shape[:2]
+    shape = (ids if x is None else x).shape
+    if len(shape) != (2 if x is None else 3):
+        return f"an input of shape {tuple(shape)}"
+    batch, tokens = shape[:2]
     if tokens > FEW_TOKENS:
         return f"more than {FEW_TOKENS} tokens at a time: block by block"
     if reason := _unsuitable(model, cache, call):
@@ -169,6 +172,8 @@ def _unsuitable(model: nn.Module, cache, call: dict) -> str | None:
         return f"{found}: pass past_key_values=PagedKVCache(model), or use generate"
     if not cache.layers[0].stored:
         return "the first tokens: block by block"
+    if cache.layers[0].stored != cache.layers[-1].stored:
+        return "the layers of the cache hold different numbers of tokens"
     for name, value in call.items():
         if name in _KNOWN or value is None or _HARMLESS.get(name) is value:
             continue
