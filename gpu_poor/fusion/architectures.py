@@ -46,7 +46,6 @@ class Architecture:
     head_norms: tuple[str, str] | None = None
     #: Attributes of the attention module.
     head_dim: str = "head_dim"
-    scaling: str = "scaling"
     window: str | None = None
     #: Whether queries and keys are rotated by ``position_embeddings``.
     rotary: bool = True

@@ -181,7 +181,7 @@ def _bind(block: nn.Module, entry: Architecture, watch: Watch) -> Binding:
     parallel = entry.parallel
     if isinstance(parallel, str):
         parallel = watch.read(block.__dict__, parallel)
-    binding.softmax_scale = _attribute(attention, entry.scaling)
+    binding.softmax_scale = _scaling(attention, head_dim)
     binding.window = window or 0
     settings = {
         Column.HEADS: heads,
@@ -203,6 +203,15 @@ def _bind(block: nn.Module, entry: Architecture, watch: Watch) -> Binding:
     if isa.uses_torch():
         raise NotFused("GPU_POOR_ISA=torch: no kernels")
     return binding
+
+
+def _scaling(attention: nn.Module, head_dim: int) -> float:
+    """What scores are multiplied by; transformers before 5.10 does not say so for GPT-2."""
+    if hasattr(attention, "scaling"):
+        return attention.scaling
+    if not attention.scale_attn_weights or attention.scale_attn_by_inverse_layer_idx:
+        raise NotFused("its scores are scaled in an unusual way")
+    return head_dim**-0.5
 
 
 def _norm(norm: nn.Module, binding: Binding) -> tuple[tuple[int, int], float]:

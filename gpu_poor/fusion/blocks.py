@@ -126,7 +126,7 @@ def attention_function(attention: nn.Module):
     name = attention.config._attn_implementation
     name = NAME if name == "sdpa" else name
     own = sys.modules[type(attention).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, own)
+    return ALL_ATTENTION_FUNCTIONS.get(name, own)
 
 
 def parameters_after(method, skip: int) -> tuple[str, ...]:

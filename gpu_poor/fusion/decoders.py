@@ -226,7 +226,8 @@ def _prepare_cache(
     given = model_kwargs.get("past_key_values") is not None
     args = generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *rest
     result = base(self, *args)
-    if given or generation_config.cache_implementation is not None:
+    # None becomes "dynamic" in transformers before 5.10.
+    if given or generation_config.cache_implementation not in (None, "dynamic"):
         return result
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     made = model_kwargs.get("past_key_values")

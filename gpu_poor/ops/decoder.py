@@ -78,15 +78,17 @@ def _check(op: str, x: Tensor, layout: Tensor, numbers: Tensor) -> None:
         x.dim() == 3 and x.shape[2] > 0,
         lambda: f"{op}: x must be [B, T, hidden], got {tuple(x.shape)}",
     )
+    columns, per_block = int(Column.COUNT), int(Number.COUNT)  # symbolic sizes know no enums
     torch._check(
-        layout.dim() == 2 and layout.shape[1] == Column.COUNT and layout.dtype == torch.int64,
-        lambda: f"{op}: layout must be int64 [blocks, {Column.COUNT}], got {tuple(layout.shape)}",
+        layout.dim() == 2 and layout.shape[1] == columns and layout.dtype == torch.int64,
+        lambda: f"{op}: layout must be int64 [blocks, {columns}], got {tuple(layout.shape)}",
     )
     torch._check(
-        numbers.shape == (len(layout), Number.COUNT) and numbers.dtype == torch.float32,
-        lambda: (
-            f"{op}: numbers must be float32 [blocks, {Number.COUNT}], got {tuple(numbers.shape)}"
-        ),
+        numbers.dim() == 2
+        and numbers.shape[0] == layout.shape[0]
+        and numbers.shape[1] == per_block
+        and numbers.dtype == torch.float32,
+        lambda: f"{op}: numbers must be float32 [blocks, {per_block}], got {tuple(numbers.shape)}",
     )
 
 
