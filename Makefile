@@ -71,14 +71,29 @@ lint: dev        ## ruff, and the C files as pedantic C11
 	gcc -std=c11 -pedantic -Wall -Wextra -Werror -Wno-psabi -fsyntax-only -Icsrc \
 		-isystem "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("include"))')" $(C_FILES)
 
-build/check_kernels: tests/c/check_kernels.c $(CSRC)
-	@mkdir -p build
-	gcc -std=c11 -O1 -g -ffp-contract=off -Wno-psabi -fno-omit-frame-pointer \
-		-fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc \
-		tests/c/check_kernels.c $(C_KERNELS) -o $@ -lm
+# Two programs: what this CPU can run, and the AMX kernels with their tile instructions in plain C.
+CHECKS := $(patsubst %.c,build/check/%.o,$(C_KERNELS) tests/c/check_kernels.c)
+TILES := $(patsubst %.c,build/check/%.o,csrc/cpu.c $(filter %_amx.c,$(C_KERNELS)))
+CHECK_FLAGS := -std=c11 -O1 -g -ffp-contract=off -Wno-psabi -fno-omit-frame-pointer \
+	-fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 
-asan: build/check_kernels  ## the C kernels of every instruction set under ASan and UBSan
+build/check/%.o: %.c $(CSRC)
+	@mkdir -p $(@D)
+	gcc $(CHECK_FLAGS) -c $< -o $@
+
+build/check/%.emulated.o: %.c $(CSRC) tests/c/emulated_tiles.h
+	@mkdir -p $(@D)
+	gcc $(CHECK_FLAGS) -DGPU_POOR_EMULATE_TILES -Itests/c -c $< -o $@
+
+build/check_kernels: $(CHECKS)
+	gcc $(CHECK_FLAGS) $^ -o $@ -lm
+
+build/check_emulated: $(filter-out $(TILES),$(CHECKS)) $(TILES:.o=.emulated.o)
+	gcc $(CHECK_FLAGS) $^ -o $@ -lm
+
+asan: build/check_kernels build/check_emulated  ## the C kernels of every instruction set under ASan and UBSan
 	build/check_kernels
+	build/check_emulated amx
 
 wheel: dev       ## dist/gpu_poor-*-abi3-*.whl
 	rm -rf dist build/lib* build/bdist*

@@ -1,4 +1,4 @@
-"""Whole models through ``generate``: transformers fp32 and bf16 against gpu-poor int8.
+"""Whole models through ``generate``: transformers fp32 and bf16, gpu-poor int8 and int4.
 
 ``python -m benchmarks.model [--shapes ...]``. Published shapes with random weights, batch 1: time
 to the first token of a prompt of 128 and 512 tokens, time per further token. Each contender in its
@@ -14,7 +14,7 @@ from benchmarks.peers.compete import compete
 from benchmarks.peers.runner import Plan
 
 SHAPES = ("distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "tinyllama-1.1b")
-CONTENDERS = ("torch_fp32", "torch_bf16", "gpu_poor_int8")
+CONTENDERS = ("torch_fp32", "torch_bf16", "gpu_poor")
 
 
 def main(argv: list[str] | None = None) -> int:

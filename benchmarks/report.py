@@ -97,7 +97,7 @@ def recommendations(records: dict) -> str:
         ]
     for shape, result in (peers or {"shapes": {}})["shapes"].items():
         by_name = {r["name"]: r for r in result["rows"] if not r["error"] and r["seconds"]}
-        mine, theirs = by_name.get("gpu_poor_int8"), by_name.get("llama_cpp:q8_0")
+        mine, theirs = by_name.get("gpu_poor:int8"), by_name.get("llama_cpp:q8_0")
         if mine and theirs:
             a, b = (1e3 * r["seconds"]["decode"]["median"] for r in (mine, theirs))
             better = "llama.cpp is faster" if b < a else "gpu-poor is faster"

@@ -75,26 +75,31 @@ def kernels(record: dict | None) -> Iterator[Goal]:
                        2.0, times, lambda r: r["shape"])  # fmt: skip
 
 
-def ours(record: dict, shapes: tuple[str, ...] | None = None) -> list[dict]:
+INT8, INT4 = "gpu_poor:int8", "gpu_poor:int4"
+
+
+def ours(
+    record: dict, shapes: tuple[str, ...] | None = None, names: tuple[str, ...] = (INT8,)
+) -> list[dict]:
     """gpu-poor's rows with their shape, where they ran."""
     return [
         row | {"shape": shape}
         for shape, result in record["shapes"].items()
         if shapes is None or shape in shapes
         for row in result["rows"]
-        if row["name"] == "gpu_poor_int8" and not row["error"]
+        if row["name"] in names and not row["error"]
     ]
 
 
 def models(record: dict | None, peers: dict | None) -> Iterator[Goal]:
     big = ("gpt2-large", "tinyllama-1.1b")
 
-    def speed(source, measurement, base, label, limit):
+    def speed(source, measurement, base, label, limit, name=INT8):
         if not source:
             return
-        rows = [r for r in ours(source, big) if measurement in r["speedup"].get(base, {})]
+        rows = [r for r in ours(source, big, (name,)) if measurement in r["speedup"].get(base, {})]
         yield from at_least(
-            f"{measurement.replace('_', ' ')} over {label}", rows,
+            f"{name[-4:]}: {measurement.replace('_', ' ')} over {label}", rows,
             lambda r: r["speedup"][base][measurement]["median"], limit, times,
             lambda r: r["shape"],
         )  # fmt: skip
@@ -104,6 +109,7 @@ def models(record: dict | None, peers: dict | None) -> Iterator[Goal]:
     yield from speed(record, "prefill_128", "torch_fp32", "transformers fp32", 3.5)
     yield from speed(record, "prefill_128", "torch_bf16", "transformers bf16", 1.4)
     yield from speed(peers, "prefill_128", "llama_cpp:q8_0", "llama.cpp Q8_0", 1.6)
+    yield from speed(peers, "prefill_512", "llama_cpp:q4_0", "llama.cpp Q4_0", 1.5, INT4)
     if record:
         gpt2 = ours(record, ("distilgpt2", "gpt2", "gpt2-medium", "gpt2-large"))
         yield from at_least("parameter bytes reduced, GPT-2 family", gpt2,

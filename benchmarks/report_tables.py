@@ -1,6 +1,6 @@
 """Tables of RESULTS.md and the README: each function turns one JSON record into markdown."""
 
-from benchmarks.report_goals import at_bits, ours, percent, times
+from benchmarks.report_goals import INT4, INT8, at_bits, ours, percent, times
 
 NOT_YET = "Not measured yet.\n"
 NAMES = {
@@ -53,15 +53,15 @@ def summary(record: dict | None) -> str:
     if not record:
         return NOT_YET
     rows = []
-    for row in ours(record):
+    for row in ours(record, names=(INT8, INT4)):
         rows.append([
-            named(row["shape"]), mb(row["bytes_before"]), mb(row["bytes"]),
+            named(row["shape"]), row["name"][-4:], mb(row["bytes_before"]), mb(row["bytes"]),
             percent(1 - row["bytes"] / row["bytes_before"]),
             speedup(row, "torch_fp32", "decode"), speedup(row, "torch_bf16", "decode"),
             speedup(row, "torch_fp32", "prefill_128"), speedup(row, "torch_bf16", "prefill_128"),
         ])  # fmt: skip
-    return table(["model shape", "fp32 MB", "int8 MB", "smaller", "decode, x fp32", "x bf16",
-                  "prefill 128, x fp32", "x bf16"], rows)  # fmt: skip
+    return table(["model shape", "weights", "fp32 MB", "MB", "smaller", "decode, x fp32",
+                  "x bf16", "prefill 128, x fp32", "x bf16"], rows)  # fmt: skip
 
 
 def speed(record: dict | None) -> str:

@@ -56,16 +56,15 @@ def needs_data(strategies: tuple[str, ...]) -> bool:
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Stored bits of the quantized matrices in the blocks, scales and padding included."""
+    """Stored bits of the quantized matrices in the blocks, all scales and padding included."""
     from gpu_poor.nn import QuantizedModule
     from gpu_poor.plan import block_list
 
     stored = weights = 0
     for module in model.get_submodule(block_list(model)).modules():
         if isinstance(module, QuantizedModule):
-            for name, shape in module.shapes.items():
-                stored += getattr(module, name).nbytes + getattr(module, f"{name}_scale").nbytes
-                weights += torch.Size(shape).numel()
+            stored += sum(getattr(module, name).nbytes for name in module.storage())
+            weights += sum(torch.Size(shape).numel() for shape in module.shapes.values())
     return 8 * stored / weights
 
 

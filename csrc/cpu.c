@@ -41,9 +41,16 @@ unsigned gp_cpu_features(void)
     if ((features & GP_CPU_AVX2) && (xcr0 & 0xe6) == 0xe6 && (b & avx512) == avx512 &&
         (c >> 11 & 1))
         features |= GP_CPU_AVX512_VNNI;
+    unsigned leaf1, ignored;
+    if ((features & GP_CPU_AVX512_VNNI) && __get_cpuid_count(7, 1, &leaf1, &ignored, &ignored, &ignored) &&
+        (leaf1 >> 5 & 1))
+        features |= GP_CPU_AVX512_BF16;
     if ((features & GP_CPU_AVX512_VNNI) && (xcr0 & 0x60000) == 0x60000 && (d >> 24 & 1) &&
         (d >> 25 & 1) && amx_permitted())
         features |= GP_CPU_AMX;
+#ifdef GPU_POOR_EMULATE_TILES /* needs no more than the vectors of those kernels */
+    if (features & GP_CPU_AVX512_VNNI) features |= GP_CPU_AMX;
+#endif
     return features;
 }
 #else

@@ -32,19 +32,15 @@ static unsigned features(void)
     return cached;
 }
 
-/* The list is ordered and every level needs the ones below it, so the available ones lead it. */
-static int usable(void)
-{
-    int n = 0;
-    while (n < N_IMPLS && (impls[n]->needs & ~features()) == 0) n++;
-    return n;
-}
+/* Every level needs the ones below it; a line of a level may need more than its other lines. */
+static int usable(int i) { return (impls[i]->needs & ~features()) == 0; }
 
 /* The i-th instruction set: the first of its lines. */
 static const gp_impl *level(int i)
 {
-    for (int k = 0; k < usable(); k++)
-        if ((k == 0 || strcmp(impls[k]->name, impls[k - 1]->name)) && i-- == 0) return impls[k];
+    for (int k = 0; k < N_IMPLS; k++)
+        if (usable(k) && (k == 0 || strcmp(impls[k]->name, impls[k - 1]->name)) && i-- == 0)
+            return impls[k];
     return NULL;
 }
 
@@ -60,12 +56,13 @@ const char *gp_available_isa(int i) { return level(i) ? level(i)->name : NULL; }
 int gp_set_isa(const char *name)
 {
     int last = -1;
-    for (int i = 0; i < usable(); i++)
-        if (!name || strcmp(impls[i]->name, name) == 0) last = i;
+    for (int i = 0; i < N_IMPLS; i++)
+        if (usable(i) && (!name || strcmp(impls[i]->name, name) == 0)) last = i;
     if (last < 0) return -1;
     gp_impl table = *impls[0];
     for (int i = 0; i <= last; i++) {
         int k = 0;
+        if (!usable(i)) continue;
         table.name = impls[i]->name;
 #define GP_MERGE(kernel, type, args)                                                              \
         if (impls[i]->kernel) table.kernel = impls[i]->kernel, served_by[k] = impls[i]->name;     \
@@ -73,6 +70,7 @@ int gp_set_isa(const char *name)
         GP_KERNELS(GP_MERGE)
 #undef GP_MERGE
         if (impls[i]->int8_linear) table.pack_min_rows = impls[i]->pack_min_rows;
+        if (impls[i]->gram_pairs) table.fast_pairs = impls[i]->fast_pairs;
     }
     gp = table;
     return 0;

@@ -101,7 +101,8 @@ typedef struct {
  *                             then t = fma((float)s, min, t)
  *     y = t * x_scale[m] + bias[n]         each operation rounded once, in that order */
 typedef struct {
-    int64_t M, N, K_pad;
+    int64_t M, N;
+    int64_t K_pad; /* any multiple of GP_K_ALIGN; an odd one spreads the rows over the sets of a cache */
     int planes;
     const int8_t *x;      /* [M][planes][K_pad] as for int8, 0 beyond K */
     const int32_t *x_sum; /* [M][groups]: s above */
@@ -193,6 +194,10 @@ typedef struct {
     float *partial; /* [rows][GP_PARTIAL(D)] */
 } gp_attend;
 
+/* x[M][K] of a Gram matrix comes in panels of so many columns, so that what a tile reads lies together:
+ * packed[panel][m][column] floats, or packed[panel][m / 2][column][m % 2] bfloat16; 0 beyond M and K. */
+#define GP_GRAM_WIDTH 48
+
 /* One line per kernel: X(name, return type, parameters). */
 #define GP_KERNELS(X)                                                                             \
     /* Symmetric absmax quantization of one row x[K] into `planes` planes, plane p at             \
@@ -249,9 +254,13 @@ typedef struct {
     X(channel_stats, void,                                                                        \
       (const float *x, int64_t M, int64_t K, int64_t k0, int64_t k1, float *absmax, float *min,   \
        float *max, double *sum_square))                                                           \
-    /* acc[K][K] += x^T x for rows i in [i0, i1) and columns j >= i, mirrored to acc[j][i]. */    \
+    /* acc[K][K] += x^T x for the rows of panels [p0, p1) and the columns of all panels from there   \
+     * on: the upper triangle, and all of the squares on the diagonal. */                         \
     X(gram, void,                                                                                 \
-      (const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1, float *acc))                 \
+      (const float *packed, int64_t M, int64_t K, int64_t p0, int64_t p1, float *acc))            \
+    /* The same of bfloat16 pairs; products are exact, sums of two may round subnormals to 0. */    \
+    X(gram_pairs, void,                                                                           \
+      (const uint16_t *packed, int64_t M, int64_t K, int64_t p0, int64_t p1, float *acc))                 \
     /* One head's key or value x[D] as pages hold it. Returns the scale of int8, as float16: 0 and  \
      * zeros where absmax / 127 rounds to 0, NaN and zeros where x holds a NaN or an infinity. */   \
     X(page_store_row, uint16_t, (const float *x, int64_t D, gp_dtype type, void *y))              \
@@ -265,12 +274,13 @@ typedef struct {
     unsigned needs;   /* GP_CPU_* bits */
     /* int8_linear is faster on packed activations from this many rows of all planes on; 0: never */
     int64_t pack_min_rows;
+    int fast_pairs; /* gram_pairs is faster than gram on bfloat16 made float */
 #define GP_FIELD(name, type, args) type(*name) args;
     GP_KERNELS(GP_FIELD)
 #undef GP_FIELD
 } gp_impl;
 
-enum { GP_CPU_AVX2 = 1, GP_CPU_AVX512_VNNI = 2, GP_CPU_AMX = 4 };
+enum { GP_CPU_AVX2 = 1, GP_CPU_AVX512_VNNI = 2, GP_CPU_AVX512_BF16 = 4, GP_CPU_AMX = 8 };
 
 /* What this CPU and its kernel offer; AMX also needs the permission of the operating system, asked
  * for here, once, and possibly refused. */

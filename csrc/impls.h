@@ -20,5 +20,7 @@ GP_IMPL(grouped_quantize_avx512)
 GP_IMPL(stats_avx512)
 GP_IMPL(decoder_avx512)
 GP_IMPL(attention_avx512)
+GP_IMPL(stats_avx512_bf16)
 GP_IMPL(int8_amx)
+GP_IMPL(grouped_amx)
 #endif

@@ -3,7 +3,7 @@
 compressed-tensors, "pack-quantized": the same integers and the same scales for every linear layer
 whose format it has: ``int8`` (a channel each), symmetric groups, and groups whose minima are whole
 multiples of their scales. Scales keep their dtype in the files. Embeddings, and a head tied to one,
-are written as floats.
+are written as floats. There is no input scale in the format: such a weight is quantized again.
 """
 
 import json
@@ -43,7 +43,8 @@ def export(
         folder: that does not exist yet, or is empty.
         format: a name in :data:`EXPORTERS`.
         requantize: a format for the weights whose own has no exact form there, such as "int4_g32";
-            by default they are an error. The error of the second rounding adds to the first.
+            by default they are an error, which says what to pass. Four bits by default (groups with
+            a minimum) are of that kind. The error of the second rounding adds to the first.
 
     Returns:
         The folder. A tokenizer is saved by its own ``save_pretrained``.
@@ -126,7 +127,7 @@ def compressed_tensors(
     """
     floats, packed = _split(model)
     groups: dict[str, dict] = {}
-    problems = []
+    problems, widths = [], {}
     for name, module in packed.items():
         n, k = module.shapes["weight"]
         form, problem = module.format, _problem(module)
@@ -134,6 +135,7 @@ def compressed_tensors(
             form, problem = requantize, _misfit(requantize, k)
         if problem is not None:
             problems.append(f"{name}: {problem}")
+            widths[k] = max(widths.get(k, 0), module.format.bits)
             continue
         scheme = _scheme(form, k)
         key = "_".join(str(value) for value in scheme["weights"].values())
@@ -141,8 +143,9 @@ def compressed_tensors(
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(
-            "these have no exact form in compressed-tensors; requantize='int8' (or another format) "
-            "quantizes them again:\n  " + "\n  ".join(problems[:10]) + more
+            f"{len(problems)} modules have no exact form in compressed-tensors; "
+            f"export(..., requantize={_fitting(widths)!r}) quantizes them again, which adds to "
+            "their error:\n  " + "\n  ".join(problems[:10]) + more
         )
     settings = {
         "quant_method": "compressed-tensors",
@@ -178,6 +181,8 @@ def _split(model: nn.Module) -> tuple[dict, dict]:
 def _problem(module: QuantizedModule) -> str | None:
     """Why the weight of a module has no exact form there, or None."""
     form, k = module.format, module.shapes["weight"][1]
+    if module.input_scale is not None:
+        return "it keeps an input scale"
     if not getattr(form, "asymmetric", False):
         return _misfit(form, k)
     _, scale, minimum = _grid(_stored(module))
@@ -213,6 +218,13 @@ def _zero(scale: Tensor, minimum: Tensor) -> Tensor:
     return torch.where(scale != 0, ratio.round(), 0.0)
 
 
+def _fitting(widths: dict[int, int]) -> str:
+    """A format of compressed-tensors for weights of ``{columns: bits}``, with no fewer bits."""
+    every = (form for form in formats.FORMATS.values() if form.bits == max(widths.values()))
+    fits = (form.name for form in every if all(_misfit(form, k) is None for k in widths))
+    return next(fits, formats.INT8.name)
+
+
 def _misfit(form: Format, k: int, asymmetric: bool = False) -> str | None:
     """Why rows of k columns in a format cannot be expressed, or None."""
     if isinstance(form, formats.Int8) and form.asymmetric == asymmetric:
@@ -244,7 +256,7 @@ def _tensors(
     for name, tensor in model.state_dict().items():
         module, _, leaf = name.rpartition(".")
         if module in floats or module in packed:
-            if leaf.startswith("weight"):
+            if leaf in model.get_submodule(module).storage():
                 if leaf == "weight" and module not in tied:
                     yield from _weight(module, floats, packed, requantize)
                 continue

@@ -83,6 +83,8 @@ class Decided:
             lines[0] += f": {len(self.norms)} norms folded"
         if self.sources:
             lines[0] += f", {len(self.sources)} linears divided for the next"
+        if n_kept := sum(stored.input_scale is not None for stored in self.stored.values()):
+            lines[0] += f", {n_kept} linears with an input scale"
         if self.resumed:
             lines.append(f"blocks calibrated by an earlier run, in work_folder: {self.resumed}")
         if self.unreached:
@@ -142,12 +144,16 @@ def smooth(
 
 
 def folds_for(model: nn.Module, plan: Plan, how: Recipe, done: Decided) -> list[Fold]:
-    """The folds that a recipe may use: none if it does not smooth, or, as ``done`` then says, if
-    nothing is known of the model."""
+    """The folds that a recipe may use: before linears that are rounded to levels.
+
+    None if it does not smooth, or, as ``done`` then says, if nothing is known of the model.
+    """
     if how.smoothing is None:
         return []
     try:
-        return find_folds(model, plan)
+        forms = {name: target.form for target in plan.targets for name in target.names}
+        folds = find_folds(model, plan)
+        return [fold for fold in folds if any(forms[name].levels for name in fold.linears)]
     except RuntimeError as error:
         done.unsmoothed = f"{how.smoothing.name} left the norms alone: {error}"
         return []

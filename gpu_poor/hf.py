@@ -5,15 +5,18 @@ their module's names, and in config.json
 
     "quantization_config": {"quant_method": "gpu-poor", "version": 1, "bits": 8,
                             "activation": "a16", "modules": {name: kind},
-                            "formats": {name: format}, "ties": {name: owner}}
+                            "formats": {name: format}, "ties": {name: owner},
+                            "input_scales": [name]}
 
-``modules`` says exactly what is quantized, and ``formats`` to what if not to int8; nothing is
-worked out by rule on load. Names, kinds and formats are only ever looked up, in the model, in
-:data:`gpu_poor.nn.KINDS` and :data:`gpu_poor.formats.FORMATS`: nothing in a config is imported or
-executed. Before a weight is loaded the headers of the files are checked against that list.
+``modules`` says exactly what is quantized, ``formats`` to what if not to int8, and ``input_scales``
+which linears multiply their inputs by a buffer of that name; nothing is worked out by rule on load.
+Names, kinds and formats are only ever looked up, in the model, in :data:`gpu_poor.nn.KINDS` and
+:data:`gpu_poor.formats.FORMATS`: nothing in a config is imported or executed. Before a weight is
+loaded the headers of the files are checked against that list.
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,10 +27,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gpu_poor import memory, ops
+from gpu_poor import hf_data, memory, ops
+from gpu_poor.files import is_missing
 from gpu_poor.folds import smooth
 from gpu_poor.formats import FORMATS
 from gpu_poor.fusion import fuse
+from gpu_poor.hf_data import Data
 from gpu_poor.hf_load import (
     IGNORED,
     METHOD,
@@ -47,7 +52,8 @@ from gpu_poor.hf_load import (
     tie_skeleton,
 )
 from gpu_poor.hf_stream import Incoming, Quantize, is_quantized_weight, merge_later
-from gpu_poor.nn import KINDS, QuantizedModule
+from gpu_poor.metrics_input import Text
+from gpu_poor.nn import KINDS, QuantizedLinear, QuantizedModule
 from gpu_poor.plan import (
     Overrides,
     Patterns,
@@ -59,6 +65,7 @@ from gpu_poor.plan import (
 )
 from gpu_poor.quantize import check_options, dequantize
 from gpu_poor.receipt import Receipt, check_saved, make_receipt, restore
+from gpu_poor.samples import SampleInputs
 from gpu_poor.strategies import recipe
 
 #: Of the saved form; a reader refuses any it does not know.
@@ -80,8 +87,12 @@ class GpuPoorConfig(QuantizationConfigMixin):
         formats: ``{module name: format}`` of those that are not int8.
         ties: ``{module name: owner}``, modules whose weight is another one's.
         activations: ``{module name: mode}`` of the modules whose mode is not ``activation``.
+        input_scales: names of the linears that multiply their inputs by a scale first.
         receipt: of a saved model: how it was made and what was measured then.
         version: of the saved form.
+        sample_inputs, tokenizer, work_folder, evaluate_on, max_kl: as of :func:`gpu_poor.quantize`;
+            for ``from_pretrained`` only, and never saved. With any of them the float model is read
+            block by block from its files, as often as need be, and may be larger than memory.
 
     Raises:
         ValueError: anything unknown or malformed. The model's names are checked on load.
@@ -101,9 +112,15 @@ class GpuPoorConfig(QuantizationConfigMixin):
         formats: dict[str, str] | None = None,
         ties: dict[str, str] | None = None,
         activations: dict[str, str] | None = None,
+        input_scales: list[str] | None = None,
         receipt: dict | None = None,
         version: int = VERSION,
         quant_method: str = METHOD,
+        sample_inputs: SampleInputs | None = None,
+        tokenizer: Callable | None = None,
+        work_folder: str | Path | None = None,
+        evaluate_on: Text | None = None,
+        max_kl: float | None = None,
         **unknown,
     ):
         if unknown:
@@ -130,15 +147,24 @@ class GpuPoorConfig(QuantizationConfigMixin):
         self.formats = _names("formats", formats, FORMATS)
         self.ties = _names("ties", ties, None)
         self.activations = _names("activations", activations, ops.ACTIVATIONS)
+        self.input_scales = _scaled(input_scales, self.modules or {}, self.ties or {})
         try:
             self.receipt = receipt if receipt is None or check_saved(receipt) else None
         except ValueError as error:
             raise ValueError(f"{METHOD} config: {error}") from error
+        self.data = Data(sample_inputs, tokenizer, work_folder, evaluate_on, max_kl)
         named = (self.formats, self.ties, self.activations)
         if stray := {name for each in named for name in each or ()} - set(self.modules or {}):
             raise ValueError(
                 f"{METHOD} config: formats, ties or activations of no module: {sorted(stray)}"
             )
+
+    def to_dict(self) -> dict:
+        """What is saved: all but data, which is no property of a model."""
+        return {k: copy.deepcopy(v) for k, v in vars(self).items() if k != "data"}
+
+    def __iter__(self):
+        yield from self.to_dict().items()
 
 
 def _strategies(value: str | list[str] | None) -> list[str] | None:
@@ -173,6 +199,20 @@ def _names(key: str, value: dict | None, allowed: dict | None) -> dict | None:
             f"known are {', '.join(allowed)}"
         )
     return dict(value)
+
+
+def _scaled(names: list | None, modules: dict[str, str], ties: dict[str, str]) -> list | None:
+    listed = [] if names is None else names
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ValueError(
+            f"{METHOD} config: input_scales must be a list of names, got {names!r:.80}"
+        )
+    linears = {name for name, kind in modules.items() if issubclass(KINDS[kind], QuantizedLinear)}
+    if stray := sorted(set(listed) - (linears - ties.keys() - set(ties.values()))):
+        raise ValueError(
+            f"{METHOD} config: input_scales of no linear with a weight of its own: {stray}"
+        )
+    return listed or None
 
 
 # -- loading -----------------------------------------------------------------------------------
@@ -223,6 +263,9 @@ class GpuPoorQuantizer(HfQuantizer):
             )
             if not config.allow_partial or not plan.targets:
                 check_reduction(model, plan)
+            if config.data:
+                hf_data.check(config)
+                return model  # in float; see _process_model_after_weight_loading
             targets = plan.targets
             self._before, self._kept = memory.by_class(model), plan.kept_groups()
             self._incoming = self._prepare(model, plan, checkpoint_files or ())
@@ -240,8 +283,8 @@ class GpuPoorQuantizer(HfQuantizer):
         how = recipe(self.quantization_config.strategy, calibrated=False)
         if how.needs_inputs:
             raise ValueError(
-                f"{METHOD}: strategy {' and '.join(how.names)} needs calibration data: load the "
-                "float model and call gpu_poor.quantize(model, sample_inputs=...)"
+                f"{METHOD}: strategy {' and '.join(how.names)} needs calibration data: "
+                "GpuPoorConfig(sample_inputs=...)"
             )
         self.quantization_config.strategy = how.names
         return Incoming(how, smooth(model, plan, how, norm_weights(model, files)))
@@ -251,17 +294,24 @@ class GpuPoorQuantizer(HfQuantizer):
         return self.quantization_config.bits / 8  # bytes, for device maps
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        if self.quantization_config.data:
+            return hf_data.is_parameter(model, param_name)
         return not self.pre_quantized and is_quantized_weight(model, param_name)
 
     def get_quantize_ops(self):
-        return Quantize(self._incoming)
+        return hf_data.ToFile() if self.quantization_config.data else Quantize(self._incoming)
 
     def update_weight_conversions(self, weight_conversions, *args):
-        if not self.pre_quantized:
+        if not self.pre_quantized and not self.quantization_config.data:
             merge_later(weight_conversions)
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.quantization_config.data and not self.pre_quantized:
+            check_device_map(getattr(model, "hf_device_map", None))
+            self.remove_quantization_config(model)  # it has none yet
+            hf_data.quantize_loaded(model, self.quantization_config)
+            return model
         try:
             if self._incoming.errors:
                 raise self._incoming.errors[0]
@@ -438,7 +488,9 @@ def describe(model: nn.Module, config: GpuPoorConfig) -> None:
     config.modules = kinds_of(model)
     config.formats = formats_of(model) or None
     config.ties = ties_of(model)
-    modes = {name: model.get_submodule(name).activation for name in config.modules}
+    modules = {name: model.get_submodule(name) for name in config.modules}
+    config.input_scales = [n for n, m in modules.items() if "input_scale" in m.storage()] or None
+    modes = {name: module.activation for name, module in modules.items()}
     config.activations = {
         name: mode
         for name, mode in modes.items()
@@ -494,12 +546,16 @@ def load(path: str | Path, **kwargs) -> nn.Module:
             checkpoint, by default left so.
 
     Raises:
-        ValueError: not such a folder, or a damaged one, or an unsupported variant.
+        ValueError: no such folder, or none that is quantized, or a damaged one, or an unsupported
+            variant.
     """
     from transformers import AutoConfig
 
     from gpu_poor import importers
 
+    if is_missing(path):
+        raise ValueError(f"{path}: there is no such file or folder")
+    path = Path(path).expanduser() if str(path).startswith("~") else path
     if (source := importers.find(path)) is not None:
         return importers.load(source, **kwargs)
     hub = {name: kwargs[name] for name in HUB if name in kwargs}

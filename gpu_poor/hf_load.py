@@ -15,6 +15,7 @@ from gpu_poor import formats
 from gpu_poor.folds import norms
 from gpu_poor.nn import KINDS, QuantizedModule, kind_of
 from gpu_poor.nn.base import empty
+from gpu_poor.nn.linear import INPUT_SCALE
 from gpu_poor.plan import Target, share_scales, ties_of
 from gpu_poor.quantize import check_finite, swap
 
@@ -129,11 +130,15 @@ def swap_skeleton(model: nn.Module, targets: list[Target], config, stored_dtypes
             also what it will have quantized.
     """
     stored = {}
+    scaled = {id(find(model, name)) for name in config.input_scales or ()}
     for target in targets:
         for name, weight in target.weights().items():
             shape = target.rows()[name].shape
             dtype = None if stored_dtypes else weight.dtype
             nothing = empty(target.form, shape, weight.device, dtype)
+            if id(target.module) in scaled:
+                input_scale = torch.empty(shape[-1], dtype=INPUT_SCALE, device=weight.device)
+                nothing = nothing._replace(input_scale=input_scale)
             parameter = nn.Parameter(nothing.weight, requires_grad=False)
             stored.setdefault(id(weight), nothing._replace(weight=parameter))
     swap(model, targets, stored, config.activation)
@@ -153,8 +158,7 @@ def keep_stored_dtypes(model: nn.Module) -> None:
         f"{name}.{key}$": dtype  # taken as a regular expression
         for name, module in model.named_modules()
         if isinstance(module, QuantizedModule)
-        for weight, form in module.formats.items()
-        for key, (_, dtype) in formats.tensors(form, weight, module.shapes[weight]).items()
+        for key, (_, dtype) in module.storage().items()
     }
     if found := {name: dtypes[name] for name in dtypes if any(part in name for part in plan)}:
         model.dtype_plan = found | plan  # the first that matches
@@ -172,34 +176,33 @@ def check_files(model: nn.Module, header: dict, listed: Iterable[str]) -> None:
     """
     listed, modules = set(listed), dict(model.named_modules())
     for full, (dtype, _) in header.items():
-        is_scale = full.endswith("_scale") and full.removesuffix("_scale") in header
-        if dtype != "I8" and not is_scale:
-            continue
         module_name, _, leaf = full.rpartition(".")
         names = candidates(model, module_name)
         known = not listed.isdisjoint(names)
         module = next((modules[name] for name in names if name in modules), None)
+        is_scale = full.endswith("_scale") and full.removesuffix("_scale") in header
+        is_scale |= known and leaf == "input_scale"
+        if dtype != "I8" and not is_scale:
+            continue
         if known and isinstance(module, QuantizedModule):
-            known = leaf.removesuffix("_scale") in module.weight_names
+            known = leaf in module.storage()
         if not known:
             raise ValueError(f"{full} is {dtype} in the checkpoint, but the config lists no such")
     tied = set(ties_of(model))
     for module_name, module in model.named_modules():
         if not isinstance(module, QuantizedModule) or module_name in tied:
             continue
-        for name in module.weight_names:
-            stored = formats.tensors(module.formats[name], name, module.shapes[name])
-            for key, (shape, dtype) in stored.items():
-                full = f"{module_name}.{key}"
-                found = next((header[c] for c in candidates(model, full) if c in header), None)
-                expected = FILE_DTYPES[dtype], shape
-                if found is None:
-                    raise ValueError(f"{full} is missing from the checkpoint")
-                if found != expected:
-                    raise ValueError(
-                        f"{full} is {found[0]} {found[1]} in the checkpoint, expected "
-                        f"{expected[0]} {expected[1]}"
-                    )
+        for key, (shape, dtype) in module.storage().items():
+            full = f"{module_name}.{key}"
+            found = next((header[c] for c in candidates(model, full) if c in header), None)
+            expected = FILE_DTYPES[dtype], shape
+            if found is None:
+                raise ValueError(f"{full} is missing from the checkpoint")
+            if found != expected:
+                raise ValueError(
+                    f"{full} is {found[0]} {found[1]} in the checkpoint, expected "
+                    f"{expected[0]} {expected[1]}"
+                )
 
 
 def check_device_map(device_map) -> None:
@@ -251,12 +254,11 @@ def check_complete(model: nn.Module, scales: bool) -> None:
     found = {}
     for module_name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
-            for name in module.weight_names:
-                found[f"{module_name}.{name}"] = getattr(module, name)
-                scale = f"{name}_scale"
-                own = module._buffers[scale] is not None
-                if scales and own and scale not in module._non_persistent_buffers_set:
-                    found[f"{module_name}.{scale}"] = getattr(module, scale)
+            hidden = module._non_persistent_buffers_set
+            for name in module.storage():
+                own = scales and module._buffers.get(name) is not None and name not in hidden
+                if own or name in module.weight_names:
+                    found[f"{module_name}.{name}"] = getattr(module, name)
     marked = {name for name, tensor in found.items() if hasattr(tensor, "_is_hf_initialized")}
     if marked and (lacking := sorted(set(found) - marked)):
         raise ValueError(f"{lacking[0]} was not in the checkpoint")
@@ -304,18 +306,18 @@ def check_loaded(model: nn.Module, floats: set[str]) -> None:
     for module_name, module in model.named_modules():
         if not isinstance(module, QuantizedModule):
             continue
-        for name in module.weight_names:
-            form = module.formats[name]
-            stored = formats.tensors(form, name, module.shapes[name])
-            for key, (shape, dtype) in stored.items():
-                tensor, full = getattr(module, key), f"{module_name}.{key}"
-                if (tensor.dtype, tensor.shape) != (dtype, shape) or tensor.device.type == "meta":
-                    raise ValueError(
-                        f"{full} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
-                        f"expected {dtype} {shape}"
-                    )
-                if key != name and not form.signed and not bool((tensor >= 0).all()):
-                    raise ValueError(f"{full} holds a negative number or a NaN")
-                if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
-                    raise ValueError(f"{full} holds a NaN or an infinity")
+        for key, (shape, dtype) in module.storage().items():
+            tensor, full = getattr(module, key), f"{module_name}.{key}"
+            if (tensor.dtype, tensor.shape) != (dtype, shape) or tensor.device.type == "meta":
+                raise ValueError(
+                    f"{full} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+                    f"expected {dtype} {shape}"
+                )
+            if key == "input_scale" and not bool((tensor > 0).all()):
+                raise ValueError(f"{full} holds a number that is not above 0")
+            unsigned = key.endswith("_scale") and not module.format.signed
+            if unsigned and not bool((tensor >= 0).all()):
+                raise ValueError(f"{full} holds a negative number or a NaN")
+            if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{full} holds a NaN or an infinity")
     check_finite((n, p.detach()) for n, p in model.named_parameters() if p.device.type != "meta")

@@ -50,8 +50,8 @@ def make_it_work_hybrid(
             :func:`gpu_poor.samples.token_rows`. Without them everything is done by the weights, and
             by text that the model writes itself.
         quantize_embeddings: False keeps embeddings, and heads tied to them, in float.
-        smoothing_alpha: of SmoothQuant, with sample_inputs; None leaves only outlying gains to be
-            evened out ("equalize").
+        smoothing_alpha: of SmoothQuant, with sample_inputs, folded into norms and linears; None
+            leaves only outlying gains to be evened out ("equalize").
         memory_target: a fraction of the original size, bytes, or "6GB"; with ``context`` the KV
             cache of so many tokens counts too.
         bits: 4, 8 or 16 for all layers (with 4, the head and small tables still 8) instead of a
@@ -70,7 +70,8 @@ def make_it_work_hybrid(
         ValueError: what :func:`gpu_poor.plan_memory` and :func:`gpu_poor.quantize` raise.
     """
     if strategy is None and sample_inputs is not None and smoothing_alpha is not None:
-        strategy = [SmoothQuant(smoothing_alpha), Gptq()]
+        # Without input scales: with 16-bit activations they gain nothing (docs/methods.md).
+        strategy = [SmoothQuant(smoothing_alpha, keep=False), Gptq()]
     check_data(
         strategy, sample_inputs, work_folder, evaluate_on, max_kl
     )  # before minutes of planning
@@ -104,6 +105,7 @@ def make_it_work_hybrid(
         sample_inputs=sample_inputs,
         tokenizer=tokenizer,
         quantize_embeddings=quantize_embeddings,
+        strategy=strategy,
         progress=progress,
         **patterns,
     )

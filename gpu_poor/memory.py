@@ -86,7 +86,7 @@ def by_class(model: nn.Module, as_float: torch.dtype | None = None) -> dict[str,
     for _, module, name, tensor in persistent_tensors(model):
         kind = class_of(module)
         weights = weight_names(module)
-        if name not in weights and name.removesuffix("_scale") not in weights:
+        if name not in (module.storage() if isinstance(module, QuantizedModule) else weights):
             kind = "other"
         elif kind in users and identity(module.weight) in shared:
             kind = "shared lm_head"
@@ -190,7 +190,10 @@ def rss() -> dict[str, int]:
     return found
 
 
-def _mapped_files() -> list[tuple[int, int]]:
+Ranges = list[tuple[int, int]]
+
+
+def _mapped_files() -> Ranges:
     """Address ranges of this process that are pages of files; empty where that is unknown.
 
     Not those that are mapped to be shared, which other processes see: share_memory().
@@ -198,21 +201,84 @@ def _mapped_files() -> list[tuple[int, int]]:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
-    ranges = []
-    for line in maps.read_text().splitlines():
-        addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
-        if inode != "0" and permissions.endswith("p"):
-            start, _, end = addresses.partition("-")
-            ranges.append((int(start, 16), int(end, 16)))
-    return ranges
+    found = (_file_range(line) for line in maps.read_text().splitlines())
+    return [each for each in found if each is not None]
 
 
-def drop_file_pages(tensor: Tensor) -> int:
+def _unwritten_files() -> Ranges:
+    """Those of :func:`_mapped_files` that this process has written nothing to."""
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        return []
+    ranges, written = [], {}
+    for line in smaps.read_text().splitlines():
+        key, *value = line.split(maxsplit=1)
+        if not key.endswith(":"):  # a mapping's own line; what is said of it follows
+            ranges.append(_file_range(line))
+        elif key in ("Anonymous:", "Swap:") and value != ["0 kB"]:
+            written[len(ranges) - 1] = True
+    return [each for i, each in enumerate(ranges) if each is not None and i not in written]
+
+
+def _file_range(line: str) -> tuple[int, int] | None:
+    """Of a line of /proc/self/maps; None if it is no private mapping of a file."""
+    addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
+    if inode == "0" or not permissions.endswith("p"):
+        return None
+    start, _, end = addresses.partition("-")
+    return int(start, 16), int(end, 16)
+
+
+def _lies_in(tensor: Tensor, ranges: Ranges) -> bool:
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():
+        return False
+    return any(low <= tensor.data_ptr() < high for low, high in ranges)
+
+
+def is_in_file(tensor: Tensor) -> bool:
+    """Whether a tensor lies in a mapped file."""
+    return _lies_in(tensor, _mapped_files())
+
+
+def in_files(model: nn.Module) -> bool:
+    """Whether most of a model lies in mapped files, so that it need not fit in memory.
+
+    As transformers loads safetensors, unless it has to convert the numbers to another dtype.
+    """
+    ranges = _mapped_files()
+    tensors = [tensor for *_, tensor in persistent_tensors(model)] if ranges else []
+    mapped = sum(tensor.nbytes for tensor in tensors if _lies_in(tensor, ranges))
+    return mapped > sum(tensor.nbytes for tensor in tensors) / 2
+
+
+def let_go(tensors: nn.Module | list[Tensor]) -> int:
+    """:func:`drop_file_pages` of a module or of several tensors, wherever that loses nothing.
+
+    They may be needed again, and are then read from the file again. A file that something has been
+    written to in memory, such as by an optimizer, is left alone as a whole.
+
+    Returns:
+        How many bytes were let go.
+    """
+    if isinstance(tensors, nn.Module):
+        tensors = [*tensors.parameters(), *tensors.buffers()]
+    ranges = _mapped_files()
+    tensors = [tensor for tensor in tensors if _lies_in(tensor, ranges)]
+    if not tensors:
+        return 0
+    unwritten = _unwritten_files()
+    return sum(drop_file_pages(tensor, unwritten) for tensor in tensors)
+
+
+def drop_file_pages(tensor: Tensor, files: Ranges | None = None) -> int:
     """Let go of the resident pages of a mapped file that lie wholly within a tensor.
 
     For a tensor that has been read for the last time: the pages would stay resident, all of the
     checkpoint in the end. Whoever reads it again gets the file's content again, so it must not have
     been written to.
+
+    Args:
+        files: address ranges of mapped files; default: all of this process.
 
     Returns:
         How many bytes were let go; 0 for a tensor that is in no file, or is not contiguous.
@@ -222,7 +288,8 @@ def drop_file_pages(tensor: Tensor) -> int:
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
     end = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if end <= start or not any(low <= start and end <= high for low, high in _mapped_files()):
+    files = _mapped_files() if files is None else files
+    if end <= start or not any(low <= start and end <= high for low, high in files):
         return 0
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     if madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED):

@@ -16,12 +16,16 @@ and losses that cancel and is noise below about half a percent on a few thousand
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from gpu_poor import memory
+from gpu_poor.blocks import Blocks
 from gpu_poor.metrics_input import (
     LENGTH,
     N_TOKENS,
@@ -35,11 +39,15 @@ from gpu_poor.metrics_input import (
     warn_if_few,
     windows,
 )
+from gpu_poor.modules import evaluating
+from gpu_poor.progress import bar
+from gpu_poor.spill import Spilled
 
-#: float64 elements per chunk of rows: 32 MB, so that vocabularies of 150,000 do not blow memory.
-CHUNK = 4 * 2**20
-#: float32 logits computed at once by one forward pass: 64 MB, or one window if that is more.
-BATCH = 16 * 2**20
+#: float64 elements per chunk of rows: 8 MB, several times, so that vocabularies of 150,000 do not
+#: blow memory.
+CHUNK = 2**20
+#: float32 logits computed at once by one forward pass: 16 MB, or one window if that is more.
+BATCH = 4 * 2**20
 
 
 def sha256(ids: Tensor) -> str:
@@ -187,29 +195,26 @@ def _windows_for(model: nn.Module, text, tokenizer, length, n_tokens) -> Tensor:
     return windows(text, tokenizer, min(length, n_positions(model)), n_tokens)
 
 
-def logits_of(model: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def logits_of(
+    model: nn.Module, ids: Tensor, counter: tqdm | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Run the windows ``[n, length]`` through a causal LM, a few at a time, without gradients.
 
     Yields:
         logits ``[b * (length - 1), V]`` on the CPU and the targets they predict, in order.
     """
     device = next(model.parameters()).device
-    training = model.training
-    if training:
-        model.eval()
-    n_vocab, start, batch = None, 0, 1
-    try:
+    start, batch = 0, 1
+    with evaluating(model):
         while start < len(ids):
             part = ids[start : start + batch]
             with torch.inference_mode():
                 logits = model(input_ids=part.to(device), use_cache=False).logits[:, :-1]
             yield logits.flatten(0, 1).cpu(), part[:, 1:].flatten()
             start += len(part)
-            n_vocab = logits.shape[-1]
-            batch = max(1, BATCH // (ids.shape[1] * n_vocab))
-    finally:
-        if training:
-            model.train()
+            batch = _batch(ids, logits.shape[-1])
+            if counter is not None:
+                counter.update(part.numel())
 
 
 def perplexity(
@@ -230,11 +235,12 @@ def perplexity(
 class Recording:
     """A float model's logits on a text, kept so that the model itself can go: float32, in order.
 
-    Takes ``n_tokens * V * 4`` bytes: 0.8 GB for 4096 tokens of GPT-2's 50257-word vocabulary.
+    ``n_tokens * V * 4`` bytes, most of them in a temporary file (gpu_poor.spill): 0.8 GB for 4096
+    tokens of GPT-2's 50257-word vocabulary.
     """
 
     ids: Tensor
-    logits: list[Tensor]
+    logits: Spilled
 
 
 def record(
@@ -243,13 +249,73 @@ def record(
     tokenizer: Callable | None = None,
     length: int = LENGTH,
     n_tokens: int | None = N_TOKENS,
+    *,
+    by_block: bool | None = None,
+    progress: bool | None = False,
 ) -> Recording:
     """Compute the reference's side of :func:`evaluate` now; ``quantize`` works in place, so do this
-    before it when float and quantized model do not fit side by side."""
+    before it when float and quantized model do not fit side by side.
+
+    Args:
+        reference: the float model; it may be larger than memory if its weights lie in mapped files,
+            as ``from_pretrained`` leaves them unless it has to convert them to another dtype.
+        by_block: run one block over the whole text, then the next, so that each weight is read once
+            and no more is in memory than one block. The same logits. Default: where most of the
+            weights lie in mapped files; a model that cannot be run that way is then run as a whole,
+            with a warning.
+        progress: show a bar; None: on a terminal.
+
+    Raises:
+        TypeError, ValueError: as :func:`evaluate`; or ``by_block`` is True, and the model cannot
+            be run block by block.
+        OSError: the disk of the temporary file is full.
+    """
     check_model(reference, "reference")
     check_float(reference)
     ids = _windows_for(reference, text, tokenizer, length, n_tokens)
-    return Recording(ids, [logits.float() for logits, _ in logits_of(reference, ids)])
+    with evaluating(reference), torch.inference_mode():
+        blocks = _blocks_of(reference, ids, by_block)
+        if blocks is not None:
+            return Recording(ids, _logits_by_block(blocks, ids, progress))
+    with bar("measuring the float model", " tokens", progress, ids.numel()) as counter:
+        logits = (logits.float() for logits, _ in logits_of(reference, ids, counter))
+        return Recording(ids, Spilled(logits))
+
+
+def _blocks_of(reference: nn.Module, ids: Tensor, by_block: bool | None) -> Blocks | None:
+    if not (memory.in_files(reference) if by_block is None else by_block):
+        return None
+    try:
+        return Blocks(reference, ids)
+    except ValueError as error:
+        if by_block:
+            raise
+        warnings.warn(f"{error}. It is run as a whole, slowly if memory is short", stacklevel=3)
+        return None
+
+
+def _logits_by_block(blocks: Blocks, ids: Tensor, progress: bool | None) -> Spilled:
+    """What :func:`logits_of` yields of the model, in the same batches."""
+    if blocks.n_vocab is None:
+        raise ValueError(f"{type(blocks.model).__name__} answers no logits")
+    first, rest = ids[:1], ids[1:]
+    batches = [first, *rest.split(_batch(ids, blocks.n_vocab))] if len(rest) else [first]
+    states = Spilled(blocks.enter(part) for part in batches)
+    with bar("measuring the float model", " blocks", progress, over=blocks.modules) as modules:
+        for i, block in enumerate(modules):
+            for b, hidden in enumerate(states):
+                states[b] = blocks.run(i, hidden)
+            memory.let_go(block)
+    logits = Spilled()
+    for part, hidden in zip(batches, states, strict=True):
+        logits.append(blocks.leave(part, hidden)[:, :-1].flatten(0, 1).float().cpu())
+    memory.let_go(blocks.model)
+    return logits
+
+
+def _batch(ids: Tensor, n_vocab: int) -> int:
+    """How many windows go through a model at once."""
+    return max(1, BATCH // (ids.shape[1] * n_vocab))
 
 
 def evaluate(
@@ -260,6 +326,7 @@ def evaluate(
     *,
     length: int = LENGTH,
     n_tokens: int | None = N_TOKENS,
+    progress: bool | None = False,
 ) -> Quality:
     """Measure a quantized causal LM against its float original on a text.
 
@@ -272,6 +339,7 @@ def evaluate(
         tokenizer: default: the one saved with the reference.
         length: tokens per window, at most the model's positions.
         n_tokens: how many tokens to predict; None for the whole text.
+        progress: show a bar; None: on a terminal.
 
     Returns:
         :class:`Quality`; print it.
@@ -295,11 +363,12 @@ def evaluate(
     warn_if_few(ids)
     # Both generators cut the windows alike: the first batch is one window, the rest by vocabulary.
     parts = []
-    for p, (q, targets) in zip(expected, logits_of(model, ids), strict=True):
-        if p.shape[1] != q.shape[1]:
-            raise ValueError(
-                f"model answers with {q.shape[1]} logits a token, reference with {p.shape[1]}: "
-                "they are not one model, quantized and in float"
-            )
-        parts.append(compare(p, q, targets))
+    with bar("measuring the model", " tokens", progress, ids.numel()) as counter:
+        for p, (q, targets) in zip(expected, logits_of(model, ids, counter), strict=True):
+            if p.shape[1] != q.shape[1]:
+                raise ValueError(
+                    f"model answers with {q.shape[1]} logits a token, reference with {p.shape[1]}: "
+                    "they are not one model, quantized and in float"
+                )
+            parts.append(compare(p, q, targets))
     return summarize(TokenStats.cat(parts), window=ids.shape[1], text_sha256=sha256(ids))

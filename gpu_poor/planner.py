@@ -20,10 +20,12 @@ from gpu_poor.formats import FORMATS, Format, find, stored_bytes
 from gpu_poor.memory_plan import MB, Decision, MemoryPlan
 from gpu_poor.metrics_input import n_positions
 from gpu_poor.nn import KINDS, kind_of
-from gpu_poor.plan import Patterns, Plan, as_patterns, make_plan
+from gpu_poor.nn.linear import INPUT_SCALE
+from gpu_poor.plan import Patterns, Plan, as_patterns, block_list, make_plan
 from gpu_poor.quantize import check_finite, check_quantizable, quantize
 from gpu_poor.samples import SampleInputs, token_rows
 from gpu_poor.sensitivity import Fisher, RoundTrip, Unit, fisher, losses, nearest, own_text, units
+from gpu_poor.strategies import Strategies, recipe
 
 #: Of sample_inputs, tokens that are looked at: more change predictions by a few per cent.
 N_TOKENS = 4096
@@ -69,6 +71,7 @@ def plan_memory(
     include: Patterns = None,
     exclude: Patterns = None,
     critical_layers: Patterns = None,
+    strategy: Strategies = None,
     n_tokens: int = N_TOKENS,
     round_trip: RoundTrip = nearest,
     progress: bool | None = None,
@@ -86,6 +89,7 @@ def plan_memory(
         formats: names of those to choose from; default: all. Staying in float is always a choice.
         quantize_embeddings: False keeps embeddings, and heads tied to them, in float.
         include, exclude, critical_layers: as for :func:`gpu_poor.quantize`.
+        strategy: the one that ``quantize`` will be given: input scales that it may keep count.
         n_tokens: look at no more of sample_inputs.
         round_trip: how weights will be rounded, if not to nearest.
         progress: show a bar while text is looked at; None shows it on a terminal.
@@ -102,7 +106,9 @@ def plan_memory(
     kv_bytes = 0 if context is None else _kv_bytes(model, context)
     matched, asked = _match(model, quantize_embeddings, include, exclude, critical_layers)
     every = units(matched)
-    sizes = [_sizes(unit, forms) for unit in every]
+    keeps = recipe(strategy, calibrated=sample_inputs is not None).keeps
+    scaled = f"{block_list(model)}." if keeps else None
+    sizes = [_sizes(unit, forms, scaled) for unit in every]
     rest = original - sum(stored[None] for stored in sizes)
     least = rest + kv_bytes + sum(min(stored.values()) for stored in sizes)
     if least > target_bytes:
@@ -190,11 +196,20 @@ def _match(
     return matched, list(dict.fromkeys([*asked, *map(glob.escape, kept)]))
 
 
-def _sizes(unit: Unit, forms: list[Format]) -> dict[str | None, int]:
-    """The bytes of a unit in float (None), and in the formats that make it smaller."""
+def _sizes(unit: Unit, forms: list[Format], scaled: str | None) -> dict[str | None, int]:
+    """The bytes of a unit in float (None), and in the formats that make it smaller.
+
+    Args:
+        scaled: what the names of linears begin with that may keep an input scale. Calibration
+            gives one to a few of them, but which depends on it, and on what stays in float.
+    """
     weights = [weight.rows for weight in unit.weights.values()]
     before = sum(rows.nbytes for rows in weights)
     stored = {form.name: sum(stored_bytes(form, *rows.shape) for rows in weights) for form in forms}
+    if scaled and any(t.is_linear and t.name.startswith(scaled) for t in unit.targets):
+        columns = sum(rows.shape[-1] for rows in weights)
+        for form in forms:
+            stored[form.name] += INPUT_SCALE.itemsize * columns * (form.levels is not None)
     return {None: before} | {name: n_bytes for name, n_bytes in stored.items() if n_bytes < before}
 
 

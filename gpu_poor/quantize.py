@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gpu_poor import memory, ops
 from gpu_poor.calibrate import CALIBRATION_LENGTH, calibrate
@@ -34,15 +33,16 @@ from gpu_poor.plan import (
     make_plan,
     share_scales,
 )
+from gpu_poor.progress import bar
 from gpu_poor.receipt import make_receipt
 from gpu_poor.samples import SampleInputs, token_rows, warn_if_few
 from gpu_poor.strategies import MSE, Recipe, Strategies, recipe
 
+#: Pages of a mapped checkpoint are let go of each time this many bytes of it have been read.
+READ_BYTES = 2**28
+
 if TYPE_CHECKING:
     from gpu_poor.metrics import Recording
-
-#: A bar shows up after this many seconds of work.
-PROGRESS_DELAY_S = 1.0
 
 
 @torch.inference_mode(False)  # what is made in that mode would have no gradient through it
@@ -72,7 +72,9 @@ def quantize(
     tied between an embedding and lm_head is stored once. Everything else stays as it is and is
     listed in the receipt, which is printed and kept as ``model.gpu_poor_receipt``. Either all of
     it succeeds or the model is left as it was: until the last weight is done, both the float
-    model and the quantized one are in memory.
+    model and the quantized one are there. The float one need not be in memory: where its weights
+    lie in mapped files, as ``from_pretrained`` leaves them unless it has to convert them to another
+    dtype, they are read block by block and let go of, and the model may be larger than memory.
 
     Args:
         model: any torch module with float32, bfloat16 or float16 weights.
@@ -127,7 +129,9 @@ def quantize(
         check_reduction(model, plan)
     check_finite(target_free_parameters(model, plan))
     before, kept = memory.by_class(model), plan.kept_groups()
-    recording = None if evaluate_on is None else _record(model, evaluate_on, tokenizer)
+    recording = None
+    if evaluate_on is not None:
+        recording = _record(model, evaluate_on, tokenizer, progress)
     if sample_inputs is None:
         done = smooth(model, plan, how)
     else:
@@ -148,7 +152,7 @@ def quantize(
             hf.attach(model, **options)
         receipt = make_receipt(model, before, kept, done.remarks(how))
         if recording is not None:
-            receipt.quality = _measure(model, recording, max_kl)
+            receipt.quality = _measure(model, recording, max_kl, progress)
         if _is_transformers_model(model):
             hf.keep_receipt(model, receipt)
         model.gpu_poor_receipt = receipt
@@ -164,13 +168,15 @@ def quantize(
     return model
 
 
-def _record(model: nn.Module, text: Text, tokenizer: Callable | None) -> "Recording":
+def _record(model: nn.Module, text: Text, tokenizer, progress: bool | None) -> "Recording":
     from gpu_poor import metrics  # needs transformers, as its models do
 
-    return metrics.record(model, text, tokenizer)
+    return metrics.record(model, text, tokenizer, progress=progress)
 
 
-def _measure(model: nn.Module, recording: "Recording", max_kl: float | None) -> dict:
+def _measure(
+    model: nn.Module, recording: "Recording", max_kl: float | None, progress: bool | None
+) -> dict:
     """The quality of the quantized model.
 
     Raises:
@@ -178,7 +184,7 @@ def _measure(model: nn.Module, recording: "Recording", max_kl: float | None) -> 
     """
     from gpu_poor import metrics
 
-    quality = metrics.evaluate(model, recording)
+    quality = metrics.evaluate(model, recording, progress=progress)
     if max_kl is not None and not quality.kl_mean <= max_kl:
         raise ValueError(
             f"mean KL divergence {quality.kl_mean:.3g} is above max_kl={max_kl:g}; the model is "
@@ -204,7 +210,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             for weight in module.weight_names:
                 getattr(float_module, weight).requires_grad_(not module.frozen)
             if module.weight_names == ("weight",):
-                key = memory.identity(module.weight), memory.identity(module.weight_scale)
+                key = tuple(memory.identity(getattr(module, name)) for name in module.storage())
                 float_module.weight = shared.setdefault(key, float_module.weight)
             put(model, name, float_module)
     if hasattr(model, "gpu_poor_receipt"):
@@ -303,15 +309,6 @@ def quantize_weights(plan: Plan, how: Recipe, done: Decided, progress: bool | No
     for target, name, weight in every:
         if memory.identity(weight) not in done.stored:
             weights.setdefault(memory.identity(weight), (target, name, weight))
-    show = sys.stderr.isatty() if progress is None else progress
-    bar = tqdm(
-        total=sum(weight.nbytes for *_, weight in weights.values()),
-        desc="quantizing",
-        unit="B",
-        unit_scale=True,
-        delay=PROGRESS_DELAY_S,
-        disable=not show,
-    )
 
     rounding = MSE if how.rounding.needs_inputs else how.rounding
     jobs = {
@@ -328,8 +325,10 @@ def quantize_weights(plan: Plan, how: Recipe, done: Decided, progress: bool | No
         finally:
             scratch.put(buffer)
 
-    finished = dict(done.stored)
-    with bar, ThreadPoolExecutor(scratch.qsize()) as pool:
+    finished, total = dict(done.stored), sum(weight.nbytes for *_, weight in weights.values())
+    read: list[Tensor] = []
+    counter = bar("quantizing", "B", progress, total)
+    with counter, ThreadPoolExecutor(scratch.qsize()) as pool:
         for key, stored in zip(jobs, pool.map(work, jobs.values()), strict=True):
             target, name, weight = weights[key]
             if not stored.is_finite():
@@ -337,7 +336,12 @@ def quantize_weights(plan: Plan, how: Recipe, done: Decided, progress: bool | No
                 raise not_finite(f"{target.name}.{name}")
             parameter = nn.Parameter(stored.weight, requires_grad=False)
             finished[key] = stored._replace(weight=parameter)
-            bar.update(weight.nbytes)
+            counter.update(weight.nbytes)
+            read.append(weight)
+            if sum(each.nbytes for each in read) > READ_BYTES:
+                memory.let_go(read)
+                read.clear()
+        memory.let_go(read)
     return {id(weight): finished[memory.identity(weight)] for *_, weight in every}
 
 

@@ -13,6 +13,8 @@ from gpu_poor.plan import Kept
 MB = 1e6
 #: The quality of a model that was compared with nothing.
 UNMEASURED = "unmeasured"
+#: The activation mode where no activation is rounded: 16-bit weights, or tables only.
+FLOAT = "float"
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Receipt:
     model: str
     #: ``{format: how many modules have it}``.
     formats: dict[str, int]
+    #: The modes of the linears that have one, or :data:`FLOAT`.
     activation: str
     #: The implementation of the linear in use: "ref", "avx2", "avx512_vnni", "amx" or "torch".
     kernel: str
@@ -83,9 +86,9 @@ class Receipt:
 
     def __str__(self) -> str:
         took = "" if self.seconds is None else f" in {self.seconds:.1f} s"
+        mode = "" if self.activation == FLOAT else f"{self.activation} activations, "
         lines = [
-            f"{self.model}: {', '.join(self.formats)} weights, {self.activation} activations, "
-            f"kernel {self.kernel}",
+            f"{self.model}: {', '.join(self.formats)} weights, {mode}kernel {self.kernel}",
             f"  {'':<14} {'modules':>7} {'before MB':>11} {'after MB':>11}",
         ]
         for name in memory.CLASSES:
@@ -213,7 +216,11 @@ def make_receipt(
     kept: list[Kept] | None = None,
     remarks: list[str] | None = None,
 ) -> Receipt:
-    """The receipt of a quantized model; ``before`` is :func:`memory.by_class` of the float one."""
+    """The receipt of a quantized model; ``before`` is :func:`memory.by_class` of the float one.
+
+    Remarks on how numbers were chosen are left out where there was nothing to choose: in 16 bits.
+    """
+    chosen = any(m.format.levels for m in model.modules() if isinstance(m, QuantizedModule))
     return Receipt(
         model=type(model).__name__,
         formats=count_formats(model),
@@ -223,7 +230,7 @@ def make_receipt(
         before=before,
         after=memory.by_class(model),
         kept=kept or [],
-        remarks=remarks or [],
+        remarks=remarks or [] if chosen else [],
         version=version(),
     )
 
@@ -240,6 +247,8 @@ def activations(model: nn.Module) -> str:
     modes = {
         module.activation
         for module in model.modules()
-        if isinstance(module, QuantizedModule) and memory.class_of(module) != "embedding"
+        if isinstance(module, QuantizedModule)
+        and memory.class_of(module) != "embedding"
+        and module.format.levels is not None
     }
-    return ", ".join(sorted(modes)) or "none"
+    return ", ".join(sorted(modes)) or FLOAT

@@ -5,6 +5,7 @@ block. Files are replaced whole, the hidden states last: they say which block is
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from gpu_poor import memory
 from gpu_poor.chains import Chain
-from gpu_poor.files import replace_whole
+from gpu_poor.files import replace_whole, write_safetensors
 from gpu_poor.folds import Decided, Fold
 from gpu_poor.nn.base import Stored
 from gpu_poor.plan import Plan, Target
@@ -63,6 +64,8 @@ class WorkFolder:
                 tensors[f"weight|{target.name}"] = stored.weight.detach()
                 if stored.scale is not None:
                     tensors[f"scale|{target.name}"] = stored.scale
+                if stored.input_scale is not None:
+                    tensors[f"input scale|{target.name}"] = stored.input_scale
         for name, (_, factors) in done.norms.items():
             if name.startswith(f"{prefix}."):
                 tensors[f"norm|{name}"] = factors
@@ -75,13 +78,10 @@ class WorkFolder:
             self._block(i),
             lambda name: save_file(tensors, name, {"unreached": unreached}),
         )
-        flat = {
-            f"{kind}|{b}": state.contiguous()
-            for kind, states in streams.items()
-            for b, state in enumerate(states)
-        }
+        names = [f"{kind}|{b}" for kind, states in streams.items() for b in range(len(states))]
         replace_whole(
-            self.folder / STREAMS, lambda name: save_file(flat, name, {"next": str(i + 1)})
+            self.folder / STREAMS,
+            lambda name: write_safetensors(name, names, _Every(streams), {"next": str(i + 1)}),
         )
 
     def load(self, plan: Plan, folds: list[Fold], done: Decided, streams: dict) -> int:
@@ -99,7 +99,8 @@ class WorkFolder:
             with safe_open(path, framework="pt") as file:
                 following = int(file.metadata()["next"])
                 for kind, states in streams.items():
-                    states[:] = [file.get_tensor(f"{kind}|{b}") for b in range(len(states))]
+                    for b in range(len(states)):
+                        states[b] = file.get_tensor(f"{kind}|{b}")
             for i in range(following):
                 self._load_block(i, targets, by_norm, done)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -115,13 +116,13 @@ class WorkFolder:
             for key in names:
                 kind, name, *rest = key.split("|")
                 if kind == "weight":
-                    target, scale = targets[name], f"scale|{name}"
+                    target = targets[name]
                     weight = nn.Parameter(file.get_tensor(key), requires_grad=False)
+                    scales = (f"scale|{name}", f"input scale|{name}")
+                    scales = [file.get_tensor(s) if s in names else None for s in scales]
+                    shape = tuple(target.rows()["weight"].shape)
                     done.stored[memory.identity(target.module.weight)] = Stored(
-                        weight,
-                        file.get_tensor(scale) if scale in names else None,
-                        target.form,
-                        tuple(target.rows()["weight"].shape),
+                        weight, scales[0], target.form, shape, scales[1]
                     )
                 elif kind == "norm":
                     done.norms[name] = by_norm[name], file.get_tensor(key)
@@ -130,6 +131,16 @@ class WorkFolder:
 
     def _block(self, i: int) -> Path:
         return self.folder / f"block-{i:04}.safetensors"
+
+
+class _Every:
+    """The hidden states of all streams, as often as asked for, one at a time."""
+
+    def __init__(self, streams: dict):
+        self.streams = streams
+
+    def __iter__(self):
+        return itertools.chain.from_iterable(self.streams.values())
 
 
 def fingerprint(

@@ -15,7 +15,6 @@ all that is kept of it. How well that does: docs/planning.md.
 """
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,14 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from gpu_poor import memory
 from gpu_poor.formats import Format
 from gpu_poor.metrics_input import n_positions
 from gpu_poor.modules import evaluating
 from gpu_poor.plan import Plan, Target, first_block
-from gpu_poor.quantize import PROGRESS_DELAY_S
+from gpu_poor.progress import bar
 from gpu_poor.samples import vocabulary
 
 #: Elements of a matrix that are rounded to see what a format costs; of a larger one a sample.
@@ -132,10 +130,9 @@ def fisher(
     weights = {key: weight for unit in every for key, weight in unit.weights.items()}
     found = {key: Fisher(tuple(w.rows.shape), w.rows.device) for key, w in weights.items()}
     generator = torch.Generator().manual_seed(SEED)
-    show = sys.stderr.isatty() if progress is None else progress
-    bar = tqdm(rows, "looking at text", unit="sequence", delay=PROGRESS_DELAY_S, disable=not show)
-    with bar, _differentiating(model, every, found):
-        for i, ids in enumerate(bar):
+    counted = bar("looking at text", " sequences", progress, over=rows)
+    with counted, _differentiating(model, every, found):
+        for i, ids in enumerate(counted):
             ids = ids.clone()  # what was made in inference mode has no gradient
             log_p = log_probabilities(model, ids, f"sequence {i} of sample_inputs")
             labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)

@@ -29,9 +29,10 @@ def block(blocks: int = 1) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tens
         tensors.append(1 + heavy_tailed(E, seed=i) / 10)
     shapes = [(H * D, E), (G * D, E), (G * D, E), (E, H * D), (INNER, E), (INNER, E), (E, INNER)]
     for i, (n, k) in enumerate(shapes):
-        bias = i % 2
-        layout[0, Column.LINEARS + 4 * i :][:4] = torch.tensor([n, 0, 16, bias])
+        bias, scaled = i % 2, i // 3 % 2
+        layout[0, Column.LINEARS + 5 * i :][:5] = torch.tensor([n, 0, 16, bias, scaled])
         tensors += [random_int8(n, k), torch.rand(n) / 1000, torch.randn(n)][: 2 + bias]
+        tensors += [torch.rand(k).half() + 0.5] * scaled
     numbers[0, Number.ATTENTION_EPS] = numbers[0, Number.NETWORK_EPS] = 1e-5
     numbers[0, Number.SOFTMAX_SCALE] = D**-0.5
     return tensors * blocks, layout.repeat(blocks, 1), numbers.repeat(blocks, 1)

@@ -63,7 +63,7 @@ def test_ratio_is_of_rounds_not_of_medians():
 def test_speedups_only_between_equally_many_rounds():
     rows = [
         {"name": "torch_fp32", "samples": {"decode": [4.0, 6.0]}},
-        {"name": "gpu_poor_int8", "samples": {"decode": [2.0, 2.0]}},
+        {"name": "gpu_poor:int8", "samples": {"decode": [2.0, 2.0]}},
         {"name": "died", "samples": {"decode": [2.0]}},
     ]
     compete.add_speedups(rows)
@@ -191,7 +191,7 @@ def results(tmp_path):
     header = machine.header(2)
     rows = [
         contender("torch_fp32", 0.1),
-        contender("gpu_poor_int8", 0.2),
+        contender("gpu_poor:int8", 0.2),
         contender(
             "broken", 0.1, error="OSError: no such thing", seconds={}, samples={}, speedup={}
         ),

@@ -1,6 +1,7 @@
 """Calibration: what it sees of the data, what it refuses, and that it leaves no traces."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import gpu_poor
 from gpu_poor import calibrate as module
-from gpu_poor import quantize
+from gpu_poor import quantize, spill
 from gpu_poor.nn import QuantizedModule
 from gpu_poor.strategies import STRATEGIES, Inputs, Rounding
 
@@ -25,7 +26,7 @@ def rows(*lengths, seed=3):
 class Spy(Rounding):
     """Rounds as mse does, and keeps what it has seen of each layer."""
 
-    name, needs_inputs, needs_gram = "spy", True, True
+    name, needs_inputs, needs_gram, needs_drift = "spy", True, True, True
 
     def __init__(self):
         self.seen: list[tuple[torch.Tensor, Inputs]] = []
@@ -103,6 +104,40 @@ def test_statistics_see_the_model_quantized_so_far():
     drift = (exact - x).T @ x / len(x)
     assert drift.abs().max() > 1e-3 * scale
     torch.testing.assert_close(inputs.drift.double(), drift, rtol=2e-2, atol=1e-3 * scale)
+
+
+def test_only_what_is_asked_for_is_computed(monkeypatch):
+    """awq has no use for the float model's activations, smoothquant none for a matrix."""
+    for name, kinds in (("awq", (True, False)), ("smoothquant", (False, False))):
+        seen, smoothing = [], STRATEGIES[name]
+
+        def factors(self, gain, rows, inputs, forms, seen=seen, known=smoothing.factors):
+            seen.append((inputs.gram is not None, inputs.drift is not None))
+            return known(self, gain, rows, inputs, forms)
+
+        monkeypatch.setattr(smoothing, "factors", factors)
+        data = rows(30)
+        quantize(make_model("llama"), strategy=(name, "mse"), sample_inputs=data, verbose=False)
+        assert set(seen) == {kinds}
+
+
+def test_hidden_states_in_a_file_make_no_difference(monkeypatch):
+    monkeypatch.setattr(module, "BATCH_TOKENS", 50)
+    data, models = rows(40, 40, 30, 20), [make_model("llama") for _ in range(2)]
+    for model, in_memory in zip(models, (10**9, 30_000), strict=True):
+        monkeypatch.setattr(spill, "IN_MEMORY", in_memory)
+        quantize(model, 4, sample_inputs=data, verbose=False)
+    for a, b in zip(*(model.state_dict().values() for model in models), strict=True):
+        assert_equal(a, b)
+
+
+def test_a_block_that_cannot_be_copied_is_named():
+    model = make_model("llama")
+    model.model.layers[1].mlp.lock = threading.Lock()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"model\.layers\.1 cannot be copied.*lock"):
+        quantize(model, sample_inputs=rows(30), verbose=False)
+    assert_as_it_was(model, before)
 
 
 def test_each_linear_is_rounded_once_and_in_order():

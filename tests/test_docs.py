@@ -67,6 +67,16 @@ def test_readme_is_short_and_has_the_tables():
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_prose_is_120_columns_wide(path):
+    if path.name == "RESULTS.md":
+        return  # generated
+    lines = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    wide = [line for line in lines.split("\n") if len(line) > 120]
+    # Rows of tables and addresses cannot be broken.
+    assert not [line for line in wide if not line.startswith("|") and "](http" not in line]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if not target.startswith("https://"):

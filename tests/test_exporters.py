@@ -132,6 +132,26 @@ def test_what_cannot_be_exported(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "asked"),
+    [
+        ({}, "int8"),  # the rows of down_proj end in a short group, whatever its size
+        ({"*.down_proj": "int8"}, "int4_g32"),
+        ({"*.down_proj": "int8", "*.q_proj": "int8_g64_asym"}, "int8"),
+    ],
+)
+def test_the_error_says_what_to_pass(overrides, asked, tmp_path):
+    from conftest import logits, make_model
+
+    model = make_model("qwen3")
+    model = gpu_poor.quantize(model, bits=4, overrides=overrides, verbose=False, activation="a32")
+    with pytest.raises(ValueError, match=r"export\(\.\.\., requantize='(\w+)'\)") as caught:
+        gpu_poor.export(model, tmp_path / "out")
+    assert f"requantize='{asked}'" in str(caught.value)
+    again = gpu_poor.load(gpu_poor.export(model, tmp_path / "out", requantize=asked))
+    assert (logits(again) - logits(model)).norm() < 0.5 * logits(model).norm()
+
+
 def test_export_of_our_own_models_in_several_files(tmp_path, monkeypatch):
     from conftest import logits, make_model
 

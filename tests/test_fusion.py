@@ -140,6 +140,23 @@ def test_fused_is_eager_within_rounding(family, options):
         assert_close(got.transpose(0, 1), forced[:, ids.shape[1] - 1 :], tolerance)
 
 
+@pytest.mark.parametrize("bits", [8, 4, 16])
+def test_input_scales(bits):
+    """What calibration keeps beside a linear because no norm before it can take it."""
+    pair = [make("llama", fused=fused, bits=bits) for fused in (False, True)]
+    for model in pair:
+        for i, block in enumerate(blocks(model)):
+            for linear in (block.self_attn.o_proj, block.self_attn.k_proj, block.mlp.down_proj):
+                generator = torch.Generator().manual_seed(i)
+                scale = torch.rand(linear.in_features, generator=generator) + 0.5
+                linear.input_scale = scale.half()
+    eager, model = pair
+    with torch.no_grad():
+        assert_close(model(tokens(2, 9)).logits, eager(tokens(2, 9)).logits)
+    assert_close(generate(model, tokens(2, 9))[1][:2], generate(eager, tokens(2, 9))[1][:2])
+    assert step_reason(model) is None and reasons(model) == {None}
+
+
 @torch.no_grad()
 def eager_logits(model, sequences, mask):
     """Of the whole sequences at once, positions counted as generate does."""

@@ -15,6 +15,8 @@ from gpu_poor.folds import norms
 from gpu_poor.plan import formats_of
 
 transformers = pytest.importorskip("transformers")
+from gpu_poor import hf_data  # noqa: E402 - needs transformers
+
 FLOAT_TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -449,6 +451,65 @@ def test_config_object_can_be_used_twice(tmp_path):
 
 
 # -- quantizing while loading: errors ------------------------------------------------------------
+
+
+DATA = {
+    "sample_inputs": [tokens(4, 60), tokens(3, 40).flip(1)],
+    "evaluate_on": tokens(1, 200).flatten(),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["stored", "converted"])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral"])
+@pytest.mark.filterwarnings("ignore:sample_inputs has")
+def test_loading_with_data_is_quantize_of_what_is_loaded(name, dtype, tmp_path, monkeypatch):
+    """Calibrated and measured; converted weights and merged experts come from temporary files."""
+    monkeypatch.setattr(hf_data, "SMALL", 1000)
+    make_model(name).save_pretrained(tmp_path / "float")
+    load, options = load_class(name).from_pretrained, {} if dtype is None else {"dtype": dtype}
+    expected = quantize(load(tmp_path / "float", **options), 4, **DATA, verbose=False)
+    found = load(tmp_path / "float", quantization_config=GpuPoorConfig(4, **DATA), **options)
+    assert torch.equal(logits(found), logits(expected))
+    assert found.gpu_poor_receipt.quality == expected.gpu_poor_receipt.quality
+    assert found.gpu_poor_receipt.remarks == expected.gpu_poor_receipt.remarks
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path) not in maps.read()
+    found.save_pretrained(tmp_path / "int4")  # without the data
+    assert not set(DATA) & set(json.loads((tmp_path / "int4/config.json").read_text()))
+    again = load(tmp_path / "int4")
+    assert torch.equal(logits(again), logits(found))
+    assert again.gpu_poor_receipt.quality == found.gpu_poor_receipt.quality
+
+
+@pytest.mark.parametrize("data", [{"evaluate_on": DATA["evaluate_on"]}, DATA], ids=["text", "both"])
+@pytest.mark.filterwarnings("ignore:sample_inputs has")
+def test_loading_refuses_a_model_worse_than_max_kl(data, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"mean KL divergence .* is above max_kl=1e-09"):
+        load_class("llama").from_pretrained(
+            tmp_path, quantization_config=GpuPoorConfig(4, **data, max_kl=1e-9)
+        )
+
+
+def test_loading_with_wrong_data_is_refused(tmp_path):
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    cases = [
+        ({"max_kl": 0.1}, "max_kl needs a text"),
+        ({"strategy": "gptq"}, "needs calibration data"),
+        ({"strategy": "gptq", "evaluate_on": DATA["evaluate_on"]}, "gptq needs sample_inputs"),
+        ({"evaluate_on": ""}, "text is empty"),
+        ({"sample_inputs": [[999]]}, "has the token id 999"),
+    ]
+    for options, message in cases:
+        config = GpuPoorConfig(4, **options)
+        with pytest.raises(ValueError, match=message):
+            load_class("llama").from_pretrained(tmp_path, quantization_config=config)
+    state = {n: v for n, v in model.state_dict().items() if "layers.1.mlp.up_proj" not in n}
+    model.save_pretrained(tmp_path, state_dict=state)
+    config = GpuPoorConfig(4, evaluate_on=DATA["evaluate_on"])
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight was not in the checkpoint"):
+        load_class("llama").from_pretrained(tmp_path, quantization_config=config)
 
 
 def test_streaming_refuses_what_quantize_refuses(tmp_path):

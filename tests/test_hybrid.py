@@ -74,7 +74,7 @@ def test_bits_instead_of_a_plan():
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_progress_is_for_every_step(progress, monkeypatch, capsys):
-    monkeypatch.setattr("gpu_poor.sensitivity.PROGRESS_DELAY_S", 0)
+    monkeypatch.setattr("gpu_poor.progress.DELAY_S", 0)
     options = dict(memory_target=0.3, progress=progress, verbose=False)
     make_it_work_hybrid(make_model("llama"), tokens(), **options)
     shown = capsys.readouterr().err

@@ -1,6 +1,8 @@
 """memory: bytes counted once, by class; resident pages; giving back."""
 
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -200,3 +202,85 @@ def test_drop_file_pages_leaves_all_other_memory_alone(tmp_path):
     ):
         assert memory.drop_file_pages(tensor) == 0
     assert torch.equal(values, shared)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_let_go_keeps_what_has_been_written(tmp_path):
+    """Of a private mapping, what is written to a page is nowhere else."""
+    values = torch.arange(2.0**20)
+    values.numpy().tofile(tmp_path / "data")
+    mapped = torch.from_file(str(tmp_path / "data"), size=2**20)
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(mapped[: 2**19]), nn.Parameter(mapped[2**19 :])
+    model.c = nn.Parameter(torch.ones(2**20))
+    assert torch.equal(torch.cat([model.a, model.b]), values)
+    assert memory.let_go(model) > 3.9e6
+    assert torch.equal(torch.cat([model.a, model.b]), values)
+    assert memory.let_go([model.a]) > 1.9e6
+    with torch.no_grad():
+        model.b[7] = -1.0
+    assert memory.let_go(model) == memory.let_go([model.a]) == 0
+    assert model.b[7] == -1.0 and bool((model.c == 1).all())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_in_files(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = make_model("llama")
+    assert not memory.in_files(model)
+    model.save_pretrained(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    assert memory.in_files(load(tmp_path))
+    assert not memory.in_files(load(tmp_path, dtype=torch.bfloat16))
+
+
+class Peak:
+    """The most resident memory while a block runs, above what there was before it."""
+
+    def __enter__(self):
+        self.before, self.anon, self.total, self.running = memory.rss(), 0, 0, True
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while self.running:
+            more = {name: memory.rss()[name] - self.before[name] for name in ("anon", "file")}
+            self.anon = max(self.anon, more["anon"])
+            self.total = max(self.total, sum(more.values()))
+            time.sleep(0.001)
+
+    def __exit__(self, *_):
+        self.running = False
+        self.thread.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.filterwarnings("ignore:sample_inputs has|the text has only")
+@pytest.mark.parametrize("way", ["mapped", "converted"])
+def test_a_model_in_files_is_never_in_memory_as_a_whole(way, tmp_path):
+    """Recorded, calibrated, quantized and measured, the float model comes block by block."""
+    transformers = pytest.importorskip("transformers")
+    model = make_model("llama", hidden_size=512, intermediate_size=1408, num_hidden_layers=12)
+    model = model.to(torch.bfloat16) if way == "converted" else model
+    model.save_pretrained(tmp_path)
+    del model
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(3, 384, (120,), generator=generator)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    options = dict(strategy=("smoothquant", "absmax"), sample_inputs=text[:60])
+    small = quantize(make_model("llama"), 4, **options, evaluate_on=text, verbose=False)
+    del small  # a first run starts threads
+    memory.trim()
+    with Peak() as peak:
+        if way == "mapped":
+            small = quantize(load(tmp_path), 4, **options, evaluate_on=text, verbose=False)
+        else:
+            config = gpu_poor.GpuPoorConfig(4, **options, evaluate_on=text)
+            small = load(tmp_path, dtype=torch.float32, quantization_config=config)
+    float_bytes = small.gpu_poor_receipt.bytes_before
+    assert float_bytes > 130e6
+    assert peak.anon < 0.5 * float_bytes  # a seventh of it is the result
+    # While transformers converts, what it has read stays mapped: pages that can be taken back.
+    assert peak.total < 0.55 * float_bytes or way == "converted"
+    assert 0 < small.gpu_poor_receipt.quality["kl_mean"] < 1

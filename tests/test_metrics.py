@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import gpu_poor
-from gpu_poor import assets, metrics, metrics_input
+from gpu_poor import assets, metrics, metrics_input, progress, spill
+from gpu_poor.blocks import Blocks
 
 N, VOCAB = 300, 97
 
@@ -217,12 +218,27 @@ def test_recording_first_gives_the_same(stories):
         metrics.evaluate(broken, recording, text)
 
 
-def test_evaluate_leaves_the_mode_and_asks_for_a_text(stories):
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_leaves_every_module_in_its_own_mode(stories, training):
     model, _, text = stories
-    model.train()
-    metrics.perplexity(model, text, n_tokens=300)
-    assert model.training
-    model.eval()
+    model.train(training)
+    model.model.layers[1].mlp.train(not training)
+    modes = [module.training for module in model.modules()]
+    seen = []
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(
+        lambda module, args: seen.append(module.training)
+    )
+    try:
+        metrics.perplexity(model, text, n_tokens=300)
+        assert [module.training for module in model.modules()] == modes
+        assert seen and not any(seen)
+    finally:
+        handle.remove()
+        model.eval()
+
+
+def test_evaluate_asks_for_a_text(stories):
+    model, _, text = stories
     with pytest.raises(ValueError, match="needs a text"):
         metrics.evaluate(copy.deepcopy(model), model)
 
@@ -310,3 +326,64 @@ def test_printing_and_dict(logits):
     for part in (f"{quality.perplexity_ratio:.5f}", f"{quality.kl_mean:.2e}", "0123456789ab"):
         assert part in text
     assert quality.to_dict()["kl_p99"] == quality.kl_p99
+
+
+@pytest.mark.parametrize("in_memory", [0, 10**9], ids=["file", "memory"])
+def test_a_recording_by_block_is_the_same(stories, monkeypatch, in_memory):
+    monkeypatch.setattr(spill, "IN_MEMORY", in_memory)
+    model, tokenizer, text = stories
+    model.train()
+    whole = metrics.record(model, text, tokenizer, length=64, n_tokens=900, by_block=False)
+    blocks = metrics.record(model, text, tokenizer, length=64, n_tokens=900, by_block=True)
+    assert model.training
+    assert len(whole.logits) == len(blocks.logits) == 2
+    for a, b in zip(whole.logits, blocks.logits, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_model_in_files_is_recorded_by_block(stories, monkeypatch, tmp_path):
+    model, tokenizer, text = stories
+    model.save_pretrained(tmp_path)
+    mapped = type(model).from_pretrained(tmp_path)
+    made = []
+    monkeypatch.setattr(metrics, "Blocks", lambda *args: made.append(args) or Blocks(*args))
+    options = dict(length=64, n_tokens=200)
+    expected = metrics.record(copy.deepcopy(model), text, tokenizer, **options)
+    assert not made
+    found = metrics.record(mapped, text, tokenizer, **options)
+    assert len(made) == 1
+    for a, b in zip(expected.logits, found.logits, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_model_that_is_no_chain_of_blocks_is_recorded_as_a_whole_and_says_so(
+    stories, monkeypatch, tmp_path
+):
+    model, tokenizer, text = stories
+    model.save_pretrained(tmp_path)
+    mapped = type(model).from_pretrained(tmp_path)
+    last, first = mapped.model.layers[-1], {}
+    # The last block reads what the first one has left behind: the text before this one, by block.
+    mapped.model.layers[0].register_forward_pre_hook(lambda m, args: first.update(x=args[0]))
+    last.register_forward_hook(lambda m, args, out: out + 3 * first["x"][:1, -1:].mean(1))
+    options = dict(length=64, n_tokens=200)
+    whole = metrics.record(mapped, text, tokenizer, **options, by_block=False)
+    with pytest.warns(UserWarning, match="do more than pass hidden states on.*as a whole"):
+        found = metrics.record(mapped, text, tokenizer, **options)
+    for a, b in zip(whole.logits, found.logits, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="do more than pass hidden states on"):
+        metrics.record(mapped, text, tokenizer, **options, by_block=True)
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_bars(stories, monkeypatch, capsys, by_block):
+    monkeypatch.setattr(progress, "DELAY_S", 0)
+    model, tokenizer, text = stories
+    for show in (False, True):
+        options = dict(n_tokens=300, by_block=by_block, progress=show)
+        recording = metrics.record(model, text, tokenizer, **options)
+        metrics.evaluate(copy.deepcopy(model), recording, progress=show)
+        shown = capsys.readouterr().err
+        assert ("measuring the float model: 100%" in shown) == show
+        assert ("measuring the model: 100%" in shown) == show

@@ -91,7 +91,7 @@ def test_strided_rows_quantize_as_contiguous_ones(shape, isa):
             scratch.zero_()  # the next matrix comes
             for a, b in zip(actual[:2], expected[:2], strict=True):
                 assert (a is b is None) or (torch.equal(a, b) and a.is_contiguous())
-            assert actual[2:] == expected[2:] == (form, shape)
+            assert actual[2:] == expected[2:] == (form, shape, None)
     same = quantize_rows(strided.bfloat16(), FORMATS["bf16"], scratch)
     scratch.zero_()
     assert torch.equal(same.weight, rows.bfloat16())

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import MODELS, logits, make_model
+from conftest import MODELS, logits, make_model, tokens
 from helpers import assert_within, weight_error
 from torch import nn
 
@@ -475,6 +475,26 @@ def test_sixteen_bits(model_name):
     assert (quantized - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("samples", [None, tokens(6, 40)])
+def test_the_receipt_of_16_bits_has_nothing_that_was_not_chosen(samples, tmp_path):
+    model = make_model("llama")
+    model.model.layers[0].input_layernorm.weight.data[3] = 40  # equalize would fold it
+    norm = model.model.layers[0].input_layernorm.weight.clone()
+    quantize(model, 16, activation="a8", sample_inputs=samples, verbose=False)
+    receipt = gpu_poor.receipt(model)
+    assert receipt.remarks == [] and receipt.activation == "float"
+    assert str(receipt).startswith("LlamaForCausalLM: bf16 weights, kernel ")
+    assert "numbers chosen" not in str(receipt)
+    assert torch.equal(model.model.layers[0].input_layernorm.weight, norm)
+    model.save_pretrained(tmp_path)
+    assert str(gpu_poor.receipt(gpu_poor.load(tmp_path))).startswith(
+        "LlamaForCausalLM: bf16 weights, kernel "
+    )
+    mixed = quantize(make_model("llama"), 16, overrides={"lm_head": 8}, verbose=False)
+    assert "bf16, int8 weights, a16 activations" in str(gpu_poor.receipt(mixed))
+    assert "numbers chosen by" in str(gpu_poor.receipt(mixed))
+
+
 def test_sixteen_bits_of_a_16_bit_model_cost_nothing():
     for name in ("llama-tied", "gpt2", "mixtral"):
         model = make_model(name).to(torch.bfloat16)
@@ -877,7 +897,7 @@ def test_receipt_of_a_float_model_is_an_error():
 
 def test_progress_bar(capsys, monkeypatch):
     # By sys.modules: the package's attribute of this name is the function.
-    monkeypatch.setattr(sys.modules["gpu_poor.quantize"], "PROGRESS_DELAY_S", 0)
+    monkeypatch.setattr("gpu_poor.progress.DELAY_S", 0)
     quantize(mlp(), progress=True, verbose=False)
     assert "quantizing" in capsys.readouterr().err
     quantize(mlp(), progress=False, verbose=False)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".peers"
 
 MODULES = (
-    "torch_fp32", "torch_bf16", "gpu_poor_int8", "torch_dynamic", "torchao", "bitsandbytes",
+    "torch_fp32", "torch_bf16", "gpu_poor", "torch_dynamic", "torchao", "bitsandbytes",
     "quanto", "hqq", "llama_cpp",
 )  # fmt: skip
 

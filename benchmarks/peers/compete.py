@@ -15,8 +15,8 @@ from benchmarks import timing
 from benchmarks.peers import ROOT, load
 from benchmarks.peers.runner import Plan
 
-BASELINES = ("torch_fp32", "torch_bf16", "llama_cpp:q8_0")
-PLAIN = ("torch_fp32", "torch_bf16", "gpu_poor_int8")
+BASELINES = ("torch_fp32", "torch_bf16", "llama_cpp:q8_0", "llama_cpp:q4_0")
+PLAIN = ("torch_fp32", "torch_bf16", "gpu_poor:int8")
 
 
 class Worker:

@@ -1,7 +1,8 @@
 """GGUF files of the benchmark shapes with random weights, by the gguf package.
 
-Tensor names, orders and types are those convert_hf_to_gguf.py gives: matrices F16 or Q8_0, norms,
-biases and position embeddings F32, a tied lm_head left out. No tokenizer: llama-bench needs none.
+Tensor names, orders and types are those convert_hf_to_gguf.py gives: matrices F16, Q8_0 or Q4_0,
+norms, biases and position embeddings F32, a tied lm_head left out. No tokenizer: llama-bench needs
+none.
 """
 
 from pathlib import Path
@@ -54,29 +55,49 @@ def _metadata(writer, config) -> None:
         writer.add_rope_dimension_count(width // heads)
 
 
+def _pool(kind) -> np.ndarray:
+    """Bytes of random weights in a type.
+
+    One encoded pool, cut to size for every tensor: encoding them all would take minutes.
+    """
+    import gguf
+
+    if kind == gguf.GGMLQuantizationType.Q6_K:  # the package only decodes it
+        blocks = np.random.default_rng(0).integers(0, 256, (1 << 14, 210), dtype=np.uint8)
+        blocks[:, 208:] = np.array([1e-4], np.float16).view(np.uint8)
+        return blocks.reshape(-1)
+    block = shapes.random_block()[: 1 << 22].numpy()
+    return gguf.quants.quantize(block.reshape(-1, 32), kind).reshape(-1).view(np.uint8)
+
+
 def write(shape: str, variant: str, path: Path) -> None:
-    """Write ``path``: the shape's random weights as ``f16`` or ``q8_0``."""
+    """Write ``path``: the shape's random weights as ``f16``, ``q8_0`` or ``q4_0``.
+
+    The matrix before the logits of Q4_0 is Q6_K, as llama-quantize has it.
+    """
     import gguf
 
     config = shapes.config(shape)
-    kind = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}[variant]
-    block = shapes.random_block()[: 1 << 22].numpy()
-    # One encoded pool, cut to size for every tensor: encoding them all would take minutes.
-    pool = gguf.quants.quantize(block.reshape(-1, 32), kind).reshape(-1).view(np.uint8)
-    # Bytes per 32 numbers, the unit of Q8_0 (32 int8 and one f16 scale) and of our shapes.
-    unit = pool.size // (block.size // 32)
+    types = gguf.GGMLQuantizationType
+    kind = {"f16": types.F16, "q8_0": types.Q8_0, "q4_0": types.Q4_0}[variant]
+    tensors = _tensors(config)
+    last = "output.weight" if "output.weight" in dict(tensors) else "token_embd.weight"
+    kinds = {last: types.Q6_K} if variant == "q4_0" else {}
+    pools = {k: _pool(k) for k in {kind, *kinds.values()}}
     architecture = {"gpt2": "gpt2", "llama": "llama"}[config.model_type]
     writer = gguf.GGUFWriter(path, architecture)
     _metadata(writer, config)
-    for name, dims in _tensors(config):
+    for name, dims in tensors:
         if len(dims) == 1 or name.startswith("position"):
             fill = 0.0 if name.endswith("bias") else 1.0
             writer.add_tensor(name, np.full(dims, fill, np.float32))
             continue
+        stored = kinds.get(name, kind)
+        weights, size = gguf.GGML_QUANT_SIZES[stored]
         rows, columns = dims
-        data = np.resize(pool, (rows, columns // 32 * unit))
+        data = np.resize(pools[stored], (rows, columns // weights * size))
         writer.add_tensor(name, data.view(np.float16) if variant == "f16" else data,
-                          raw_dtype=kind)  # fmt: skip
+                          raw_dtype=stored)  # fmt: skip
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -18,7 +18,7 @@ from benchmarks import peers
 from benchmarks.peers import gguf_files
 from benchmarks.peers.runner import Plan
 
-LABELS = {"f16": "llama.cpp F16", "q8_0": "llama.cpp Q8_0"}
+LABELS = {"f16": "llama.cpp F16", "q8_0": "llama.cpp Q8_0", "q4_0": "llama.cpp Q4_0"}
 REQUIREMENTS = ("gguf==0.19.0",)
 NOTE = (
     "built here with -DGGML_NATIVE=ON and a compiler barrier before its _tile_loadconfig, without "

@@ -46,30 +46,56 @@ void gram_(const Tensor &acc, const Tensor &x_in)
                     "gram_: acc must be a contiguous float32 [K, K] with K = ", K, ", got ",
                     shape_of(acc));
     if (M == 0 || K == 0) return;
-    Scratch scratch(Scratch::bytes<float>(M * K));
-    const float *rows = float_rows(x, type, M, K, K, scratch);
+    /* So many tokens at a time stay in the caches. */
+    constexpr int64_t kTokens = 1024, kWidth = GP_GRAM_WIDTH;
+    const bool pairs = type == GP_BF16 && gp.fast_pairs;
+    const int64_t panels = (K + kWidth - 1) / kWidth, size = gp_size(type);
+    Scratch scratch(Scratch::bytes<float>(panels * kWidth * std::min(M, kTokens)));
+    float *packed = scratch.take<float>(panels * kWidth * std::min(M, kTokens));
     float *out = static_cast<float *>(acc.data_ptr());
-    /* Row i has K - i columns to compute. Each item takes a strip from the top and its mirror from
-     * the bottom, which together are as much work as any other pair. */
-    constexpr int64_t kStrip = 48; /* a multiple of every implementation's rows per tile */
-    const int64_t strips = (K + kStrip - 1) / kStrip;
-    /* So many tokens at a time stay in the caches. 4096 tokens of 5632 columns on two Zen 5 cores: 0.92 s
-     * in chunks of 1024, 1.54 s all at once, 1.25 s in chunks of 256 (acc is read for each). */
-    constexpr int64_t kTokens = 1024;
     for (int64_t m0 = 0; m0 < M; m0 += kTokens) {
-        const int64_t m = std::min(kTokens, M - m0);
-        auto strip = [&](int64_t i) {
-            int64_t end = (i + 1) * kStrip;
-            gp.gram(rows + m0 * K, m, K, i * kStrip, end < K ? end : K, out);
+        const int64_t m = std::min(kTokens, M - m0), steps = pairs ? (m + 1) / 2 : m;
+        const char *in = static_cast<const char *>(x.data_ptr()) + m0 * K * size;
+        parallel(panels, 1, static_cast<double>(kWidth * m * 4), [&](int64_t begin, int64_t end) {
+            for (int64_t p = begin; p < end; p++) {
+                const int64_t columns = std::min(kWidth, K - p * kWidth);
+                const char *from = in + p * kWidth * size;
+                float *to = packed + p * steps * kWidth;
+                if (columns < kWidth || pairs)
+                    std::memset(to, 0, static_cast<size_t>(steps * kWidth) * 4);
+                for (int64_t i = 0; i < m; i++, from += K * size) {
+                    if (!pairs) {
+                        gp.to_float_row(from, type, columns, to + i * kWidth);
+                        continue;
+                    }
+                    const uint16_t *row = reinterpret_cast<const uint16_t *>(from);
+                    uint16_t *y = reinterpret_cast<uint16_t *>(to + i / 2 * kWidth) + i % 2;
+                    for (int64_t c = 0; c < columns; c++) y[2 * c] = row[c];
+                }
+            }
+        });
+        const auto strip = [&](int64_t p) {
+            if (pairs)
+                gp.gram_pairs(reinterpret_cast<uint16_t *>(packed), m, K, p, p + 1, out);
+            else
+                gp.gram(packed, m, K, p, p + 1, out);
         };
-        parallel((strips + 1) / 2, 1, static_cast<double>(kStrip * K * m / 8),
+        /* The first panel of rows meets all panels, the last one only itself: each item takes one from
+         * the top and its mirror from the bottom, which together are as much work as any other two. */
+        parallel((panels + 1) / 2, 1, static_cast<double>(kWidth * K * m / 8),
                  [&](int64_t begin, int64_t end) {
                      for (int64_t i = begin; i < end; i++) {
                          strip(i);
-                         if (strips - 1 - i != i) strip(strips - 1 - i);
+                         if (panels - 1 - i != i) strip(panels - 1 - i);
                      }
                  });
     }
+    parallel(panels, 1, static_cast<double>(kWidth * K * 4), [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; p++)
+            for (int64_t j = 0; j < p * kWidth; j++)
+                for (int64_t i = p * kWidth; i < std::min((p + 1) * kWidth, K); i++)
+                    out[i * K + j] = out[j * K + i];
+    });
 }
 
 /* Levels int16 [N, K] and float32 [N, groups, 1 or 2] of a weight float32 [N, K]. */

@@ -70,11 +70,14 @@ Block::Weight::Weight(Reader &reader, int64_t i, int64_t K)
     const bool half = w.scalar_type() != ScalarType::Char;
     const Tensor *scale = half ? nullptr : &reader.next("scale");
     if (reader.column(at + kLinearBias)) bias = Floats(op, "bias", reader.next("bias"), N);
+    if (reader.column(at + kLinearInput))
+        input_scale = Floats(op, "input scale", reader.next("input scale"), K);
     if (scale) STD_TORCH_CHECK(scale->is_contiguous(), op, ": scales must be contiguous");
     if (group) {
         STD_TORCH_CHECK(scale, op, ": a grouped weight is int8");
         check_grouped_weight(op, w, *scale, group, N, K);
         linear = grouped_panels(w, *scale, group, N, K, bias.data, bits);
+        linear.input_scale = input_scale.data;
         return;
     }
     STD_TORCH_CHECK(w.dim() == 2 && w.size(0) == N && w.size(1) == K, op, ": weight must be [", N, ", ",
@@ -83,10 +86,11 @@ Block::Weight::Weight(Reader &reader, int64_t i, int64_t K)
         const gp_dtype type = float_type(w.scalar_type(), op, "weight");
         STD_TORCH_CHECK(type != GP_F32, op, ": a float32 weight is not for fused blocks");
         linear = half_rows(w, type, bias.data);
-        return;
+    } else {
+        check_weight(op, w, *scale);
+        linear = int8_rows(w, *scale, bias.data, bits);
     }
-    check_weight(op, w, *scale);
-    linear = int8_rows(w, *scale, bias.data, bits);
+    linear.input_scale = input_scale.data;
 }
 
 /* How many columns the linear in slot i has. */

@@ -13,7 +13,7 @@ namespace gpu_poor {
 /* What a block consists of: a row of `layout` int64 [blocks, kColumns] and one of `numbers` float32
  * [blocks, kNumbers]. gpu_poor/fusion/layout.py writes the same columns. The tensors of a block
  * follow in the order of the norms and linears: for a norm its weight, and its bias; for a linear its
- * weight, the scale of an int8 or grouped one, and its bias. */
+ * weight, the scale of an int8 or grouped one, its bias, and what its inputs are multiplied by. */
 enum Column {
     kHeads,
     kKvHeads,
@@ -27,13 +27,14 @@ enum Column {
                   * output), of query heads, of key heads */
     kNormColumns = 2,
     kLinears = kNorms + 4 * kNormColumns, /* seven of kLinearColumns: q, k, v, o, gate, up, down */
-    kLinearColumns = 4,
+    kLinearColumns = 5,
     kColumns = kLinears + 7 * kLinearColumns
 };
 /* Of a norm: 0 absent, 1 RMS, 2 layer norm; whether it has a bias. */
 enum { kNormKind, kNormBias };
-/* Of a linear: N, 0 if it is absent; its group, if it is grouped; activation_bits; whether it has a bias. */
-enum { kLinearN, kLinearGroup, kLinearBits, kLinearBias };
+/* Of a linear: N, 0 if it is absent; its group, if it is grouped; activation_bits; whether it has a
+ * bias, and an input scale. */
+enum { kLinearN, kLinearGroup, kLinearBits, kLinearBias, kLinearInput };
 enum Number { kAttentionEps, kNetworkEps, kHeadEps, kSoftmaxScale, kNumbers };
 
 class Norm {
@@ -83,7 +84,7 @@ class Block {
     struct Weight {
         Weight(class Reader &reader, int64_t i, int64_t K);
         Linear linear;
-        Floats bias;
+        Floats bias, input_scale;
     };
     Weight q_, k_, v_, o_, gate_, up_, down_;
 };

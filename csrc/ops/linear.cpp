@@ -6,7 +6,7 @@ namespace gpu_poor {
 
 Inputs::Inputs(const void *x, gp_dtype type, int64_t M, int64_t K,
                std::initializer_list<const Linear *> readers)
-    : x_(static_cast<const char *>(x)), type_(type), M_(M), K_(K), K_pad_(round_up(K, GP_K_ALIGN))
+    : x_(static_cast<const char *>(x)), type_(type), M_(M), K_(K)
 {
     size_t total = 0;
     for (const Linear *linear : readers) {
@@ -20,7 +20,11 @@ Inputs::Inputs(const void *x, gp_dtype type, int64_t M, int64_t K,
             form.planes = linear->planes;
             form.group = linear->planes && linear->grouped ? linear->panels.group : 0;
             form.groups = form.group ? (K + form.group - 1) / form.group : 0;
-            form.in_place = type == GP_F32 && K == K_pad_;
+            form.input_scale = linear->input_scale;
+            form.K_pad = round_up(K, GP_K_ALIGN);
+            form.in_place = type == GP_F32 && K == form.K_pad && !form.input_scale;
+            /* Not 4096 bytes from row to row: a tile of 16 or 32 would fall into the same few sets of L1. */
+            if (form.group) form.K_pad |= GP_K_ALIGN;
         }
         /* int8_linear is faster on packed tokens if they are many; a grouped one has no use for them. */
         forms_[i].pack |= linear->planes && !linear->grouped && linear->N >= 16 && gp.pack_min_rows &&
@@ -31,23 +35,23 @@ Inputs::Inputs(const void *x, gp_dtype type, int64_t M, int64_t K,
     for (int i = 0; i < n_forms_; i++) {
         Form &form = forms_[i];
         if (!form.planes) {
-            form.rows = form.in_place ? static_cast<const float *>(x) : scratch_->take<float>(M * K_pad_);
+            form.rows = form.in_place ? static_cast<const float *>(x) : scratch_->take<float>(M * form.K_pad);
             continue;
         }
-        form.q = scratch_->take<int8_t>(M * form.planes * K_pad_);
+        form.q = scratch_->take<int8_t>(M * form.planes * form.K_pad);
         form.scale = scratch_->take<float>(M);
         form.sum = scratch_->take<int32_t>(M * form.planes);
         form.group_sums = scratch_->take<int32_t>(M * form.groups);
-        if (form.pack) form.packed = scratch_->take<int8_t>(round_up(M, 16) * form.planes * K_pad_);
+        if (form.pack) form.packed = scratch_->take<int8_t>(round_up(M, 16) * form.planes * form.K_pad);
     }
 }
 
 size_t Inputs::bytes(const Form &form) const
 {
-    if (!form.planes) return form.in_place ? 0 : Scratch::bytes<float>(M_ * K_pad_);
-    return Scratch::bytes<int8_t>(M_ * form.planes * K_pad_) + Scratch::bytes<float>(M_) +
+    if (!form.planes) return form.in_place ? 0 : Scratch::bytes<float>(M_ * form.K_pad);
+    return Scratch::bytes<int8_t>(M_ * form.planes * form.K_pad) + Scratch::bytes<float>(M_) +
            Scratch::bytes<int32_t>(M_ * form.planes) + Scratch::bytes<int32_t>(M_ * form.groups) +
-           (form.pack ? Scratch::bytes<int8_t>(round_up(M_, 16) * form.planes * K_pad_) : 0);
+           (form.pack ? Scratch::bytes<int8_t>(round_up(M_, 16) * form.planes * form.K_pad) : 0);
 }
 
 void Inputs::prepare(int64_t begin, int64_t end) const
@@ -57,28 +61,35 @@ void Inputs::prepare(int64_t begin, int64_t end) const
 
 void Inputs::prepare(const Form &form, int64_t begin, int64_t end) const
 {
-    const int64_t row_bytes = K_ * gp_size(type_);
-    const size_t tail = static_cast<size_t>(K_pad_ - K_);
+    if (form.in_place) return;
+    const int64_t row_bytes = K_ * gp_size(type_), K_pad = form.K_pad;
+    const size_t tail = static_cast<size_t>(K_pad - K_);
+    const Temporary<float> scaled(form.input_scale && form.planes ? K_ : 0);
     for (int64_t m = begin; m < end; m++) {
+        const char *x = x_ + m * row_bytes;
+        gp_dtype type = type_;
+        float *floats = form.planes ? scaled.get() : const_cast<float *>(form.rows) + m * K_pad;
+        if (!form.planes || form.input_scale) gp.to_float_row(x, type, K_, floats);
+        if (form.input_scale) {
+            for (int64_t k = 0; k < K_; k++) floats[k] *= form.input_scale[k];
+            x = reinterpret_cast<const char *>(floats), type = GP_F32;
+        }
         if (!form.planes) {
-            if (form.in_place) break;
-            float *row = const_cast<float *>(form.rows) + m * K_pad_;
-            gp.to_float_row(x_ + m * row_bytes, type_, K_, row);
-            std::memset(row + K_, 0, tail * 4);
+            std::memset(floats + K_, 0, tail * 4);
             continue;
         }
-        int8_t *row = form.q + m * form.planes * K_pad_;
-        form.scale[m] = gp.int8_quantize_row(x_ + m * row_bytes, type_, K_, form.planes, row, K_pad_,
+        int8_t *row = form.q + m * form.planes * form.K_pad;
+        form.scale[m] = gp.int8_quantize_row(x, type, K_, form.planes, row, K_pad,
                                              form.sum + m * form.planes);
-        for (int p = 0; tail && p < form.planes; p++) std::memset(row + p * K_pad_ + K_, 0, tail);
+        for (int p = 0; tail && p < form.planes; p++) std::memset(row + p * K_pad + K_, 0, tail);
         if (form.groups)
-            gp.grouped_sum_groups(row, K_, K_pad_, form.planes, form.group,
+            gp.grouped_sum_groups(row, K_, K_pad, form.planes, form.group,
                                   form.group_sums + m * form.groups);
     }
     if (!form.pack) return;
     const gp_int8_linear a = integers(form);
     for (int64_t b = begin / 16; b < (end + 15) / 16; b++)
-        gp.int8_pack(&a, b, form.packed + b * 16 * form.planes * K_pad_);
+        gp.int8_pack(&a, b, form.packed + b * 16 * form.planes * form.K_pad);
 }
 
 /* The sum of a token's x, as its products are: each plane a float, 254 h + l. */
@@ -86,7 +97,7 @@ float Inputs::token_sum(const Form &form, int64_t m) const
 {
     if (!form.planes) {
         double sum = 0;
-        for (int64_t k = 0; k < K_; k++) sum += form.rows[m * K_pad_ + k];
+        for (int64_t k = 0; k < K_; k++) sum += form.rows[m * form.K_pad + k];
         return static_cast<float>(sum);
     }
     const float high = static_cast<float>(form.sum[m * form.planes]);
@@ -101,11 +112,11 @@ void Inputs::run(const Linear &linear, void *y, gp_dtype type, int64_t n0, int64
     void *out = linear.offset && type != GP_F32 ? t : y;
     const gp_dtype out_type = linear.offset ? GP_F32 : type;
     if (linear.grouped && form.planes) {
-        const gp_grouped_linear a = {M_, N, K_pad_, form.planes, form.q, form.group_sums, form.scale,
+        const gp_grouped_linear a = {M_, N, form.K_pad, form.planes, form.q, form.group_sums, form.scale,
                                      linear.panels, linear.bias, out, out_type};
         gp.grouped_linear(&a, p0, p1);
     } else if (linear.grouped) {
-        const gp_grouped_float_linear a = {M_, N, K_pad_, form.rows, linear.panels, linear.bias, out,
+        const gp_grouped_float_linear a = {M_, N, form.K_pad, form.rows, linear.panels, linear.bias, out,
                                            out_type};
         gp.grouped_float_linear(&a, p0, p1);
     } else if (form.planes) {
@@ -115,7 +126,7 @@ void Inputs::run(const Linear &linear, void *y, gp_dtype type, int64_t n0, int64
         if (N < 16) a.x_packed = nullptr;
         gp.int8_linear(&a, n0, n1);
     } else {
-        const gp_float_linear a = {M_, N, K_, K_pad_, form.rows, linear.rows, linear.row_type,
+        const gp_float_linear a = {M_, N, K_, form.K_pad, form.rows, linear.rows, linear.row_type,
                                    linear.scale, linear.bias, out, out_type};
         gp.float_linear(&a, n0, n1);
     }

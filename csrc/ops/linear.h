@@ -21,7 +21,8 @@ struct Linear {
     const float *scale = nullptr, *offset = nullptr; /* of rows: [N] each, or none */
     gp_grouped_weight panels = {};
     bool grouped = false;
-    const float *bias = nullptr; /* [N] */
+    const float *bias = nullptr;        /* [N] */
+    const float *input_scale = nullptr; /* [K]: what the tokens are multiplied by first */
 
     /* Output rows are computed in multiples of it, from one of them on. */
     int64_t unit() const { return grouped ? GP_PANEL_ROWS : planes ? 32 : 4; }
@@ -84,7 +85,9 @@ class Inputs {
     struct Form {
         int planes;
         int64_t group, groups; /* 0 without */
-        const float *rows;     /* [M][K_pad]; x itself if `in_place` */
+        int64_t K_pad;
+        const float *input_scale;
+        const float *rows; /* [M][K_pad]; x itself if `in_place` */
         bool in_place, pack;
         int8_t *q;           /* [M][planes][K_pad] */
         float *scale;        /* [M] */
@@ -96,7 +99,7 @@ class Inputs {
 
     static bool fits(const Form &form, const Linear &linear)
     {
-        return form.planes == linear.planes &&
+        return form.planes == linear.planes && form.input_scale == linear.input_scale &&
                form.group == (linear.planes && linear.grouped ? linear.panels.group : 0);
     }
     const Form &form(const Linear &linear) const
@@ -110,13 +113,13 @@ class Inputs {
     float token_sum(const Form &form, int64_t m) const;
     gp_int8_linear integers(const Form &form) const
     {
-        return {M_, 0, K_, K_pad_, form.planes, form.q, form.packed, form.sum, form.scale, nullptr,
+        return {M_, 0, K_, form.K_pad, form.planes, form.q, form.packed, form.sum, form.scale, nullptr,
                 nullptr, nullptr, nullptr, GP_F32};
     }
 
     const char *x_;
     gp_dtype type_;
-    int64_t M_, K_, K_pad_;
+    int64_t M_, K_;
     Form forms_[kForms];
     int n_forms_ = 0;
     std::optional<Scratch> scratch_;

@@ -5,10 +5,7 @@
  * memory, are the signed one. So each lane is an output: no horizontal sum, no second operand.
  */
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include "avx512.h"
-#include "grouped.h"
+#include "grouped_avx512.h"
 
 #define GROUPED_TILE_ROWS 8
 #define GROUPED_STREAMS 4
@@ -20,21 +17,6 @@ INLINE __m512i dpbusd_broadcast(__m512i acc, __m512i w, const int8_t *x)
 {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*(const four_bytes *)x));
     return acc;
-}
-
-INLINE __m512 load_halves(const uint16_t *p)
-{
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-}
-
-/* The last step: 16 outputs of token m. */
-INLINE void store_panel(void *y, gp_dtype type, const float *bias, int64_t N, int64_t p, int64_t m,
-                        __m512 t)
-{
-    int64_t n = p * GP_PANEL_ROWS;
-    __mmask16 mask = tail_mask(N - n);
-    if (bias) t = _mm512_add_ps(t, _mm512_maskz_loadu_ps(mask, bias + n));
-    store16(y, type, m * N + n, mask, t);
 }
 
 INLINE void grouped_tile(const gp_grouped_linear *a, grouped_shape s, int64_t p, int64_t step, int P,

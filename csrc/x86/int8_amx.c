@@ -15,9 +15,7 @@
  * runs out.
  */
 #if defined(__x86_64__)
-#define TARGET                                                                                    \
-    GP_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8")
-#include "avx512.h"
+#include "amx.h"
 
 /* Bytes of packed activations worked on at a time: half of a 2 MB L2, the other half is for the
  * PANELS of 32 weight rows in use and as many prefetched next. */
@@ -31,13 +29,7 @@
 #define PANELS 2
 #define K_CHUNK 512
 
-/* gcc 12 takes _tile_loadconfig for a read of 8 bytes, and may store the rest of a configuration
- * built on the stack after it: so it is constant. Eight tiles of 16 rows of 64 bytes. */
-static const struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} tile_config __attribute__((aligned(64))) = {
+static const tile_config whole_tiles = {
     .palette = 1,
     .bytes = {64, 64, 64, 64, 64, 64, 64, 64},
     .rows = {16, 16, 16, 16, 16, 16, 16, 16},
@@ -225,6 +217,7 @@ INLINE void panels(const gp_int8_linear *a, int64_t n, int R, int P, int64_t g0,
         for (int p = 0; p < P; p++)
             for (int r = 0; r < R; r++)
                 load_tail(a, n + rows * p + 16 * r, tails[p] + r * 16 * 64);
+    TILE_FENCE(tails);
     const int64_t blocks = gp_ceil_div(g1 - g0, 2);
     const int8_t *next = a->w + (n + rows * P) * a->K;
     gp_ahead ahead = {next, next, 0, 0};
@@ -266,7 +259,7 @@ TARGET static void linear_packed(const gp_int8_linear *a, int64_t n0, int64_t n1
     const int64_t groups = gp_ceil_div(a->M, 16) * a->planes;
     int64_t block_groups = BLOCK_BYTES / (16 * a->K_pad) / 2 * 2;
     if (block_groups < 2) block_groups = 2;
-    _tile_loadconfig(&tile_config);
+    _tile_loadconfig(&whole_tiles);
     for (int64_t g0 = 0; g0 < groups; g0 += block_groups) {
         int64_t g1 = gp_min(g0 + block_groups, groups), n = n0;
         if (g1 - g0 > 2 * STREAM_BLOCKS)

@@ -8,6 +8,7 @@ from torch import nn
 
 import gpu_poor
 from gpu_poor import assets
+from gpu_poor.files import is_missing
 
 PACKAGED = "stories260k"
 HUB = "model hub"
@@ -85,6 +86,8 @@ def _find(name_or_path: str) -> tuple[str, str]:
         if not (path / "config.json").is_file():
             raise OSError(f"{name_or_path!r} is no folder of a model: no config.json in it")
         return name_or_path, "local folder"
+    if is_missing(name_or_path):
+        raise OSError(f"{name_or_path!r}: there is no such folder")
     return name_or_path, HUB
 
 

@@ -165,8 +165,8 @@ def _bind(block: nn.Module, entry: Architecture, watch: Watch) -> Binding:
     names += [entry.network[len(rest) - 1], entry.network[-1]]
     for i, (name, linear) in enumerate(zip(names, linears, strict=True)):
         if linear is not None:
-            at = Column.LINEARS + 4 * i
-            layout[at : at + 4] = _linear(name, linear, binding)
+            at = Column.LINEARS + 5 * i
+            layout[at : at + 5] = _linear(name, linear, binding)
 
     heads = output.in_features // head_dim
     if len(entry.qkv) == 3:
@@ -228,8 +228,11 @@ def _norm(norm: nn.Module, binding: Binding) -> tuple[tuple[int, int], float]:
     return (kind, int(bias is not None)), eps
 
 
-def _linear(name: str, linear: nn.Module, binding: Binding) -> tuple[int, int, int, int]:
-    """N, group, activation bits, whether there is a bias; its tensors go into the binding."""
+def _linear(name: str, linear: nn.Module, binding: Binding) -> tuple[int, ...]:
+    """N, group, activation bits, whether there are a bias and an input scale.
+
+    Its tensors go into the binding.
+    """
     watch = binding.watch
     if not isinstance(linear, QuantizedLinear):
         raise NotFused(f"{name} is {type(linear).__name__}, not quantized")
@@ -240,9 +243,10 @@ def _linear(name: str, linear: nn.Module, binding: Binding) -> tuple[int, int, i
     owner = watch.read(linear._scale_owners, "weight_scale") or linear
     weight, bias = watch.parameter(linear, "weight"), watch.parameter(linear, "bias")
     scale = watch.read(owner._buffers, "weight_scale")
+    inputs = watch.read(linear._buffers, "input_scale")
     bits = watch.read(linear.__dict__, "_activation_bits")
-    binding.tensors += [tensor for tensor in (weight, scale, bias) if tensor is not None]
-    return linear.out_features, form.group or 0, bits, int(bias is not None)
+    binding.tensors += [t for t in (weight, scale, bias, inputs) if t is not None]
+    return linear.out_features, form.group or 0, bits, int(bias is not None), int(inputs is not None)
 
 
 def _attribute(module: nn.Module, path: str, *default):

@@ -6,7 +6,7 @@ A quantized module keeps the parameter names of the float module it replaces. Fo
     w         int8, or a 16-bit float  Parameter that needs no gradient
     w_scale   a float, or None         buffer
 
-which keep their dtypes under .half() and .to(dtype).
+which keep their dtypes under .half() and .to(dtype); a linear may have an ``input_scale`` as well.
 
 A weight tied to another module's is the same Parameter object in both. Its scale lives in one
 module of the group, the owner, which alone lists it in its state_dict; the others read it there.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_poor import formats, ops
-from gpu_poor.formats import Format
+from gpu_poor.formats import Format, Storage
 from gpu_poor.strategies import MSE, Inputs, Rounding
 
 #: Every kind of quantized module by its name; filled by :func:`register`, saved in configs.
@@ -61,12 +61,17 @@ def is_plain(module: nn.Module) -> bool:
 
 
 class Stored(NamedTuple):
-    """A quantized weight: the tensors that a format stores for ``shape``, ``[..., N, K]``."""
+    """A quantized weight: the tensors that a format stores for ``shape``, ``[..., N, K]``.
+
+    ``input_scale``: of a linear whose inputs are multiplied by it, and whose columns have been
+    divided by it before they were rounded; see :class:`gpu_poor.nn.QuantizedLinear`.
+    """
 
     weight: Tensor
     scale: Tensor | None
     form: Format
     shape: tuple[int, ...]
+    input_scale: Tensor | None = None
 
     def put(self, i: int, matrix: "Stored") -> None:
         """Copy the matrix of one expert to its place."""
@@ -93,7 +98,7 @@ def quantize_rows(
         scratch: bytes to make a matrix with other strides contiguous in, at least its size.
         rounding: how the numbers are chosen.
         inputs: what calibration has seen of the layer's inputs, if it has.
-        factors: ``[K]``, what the columns are multiplied by first.
+        factors: float32 ``[K]``, what the columns are multiplied by first.
     """
     shape = tuple(rows.shape)
     if rows.dim() != 2:
@@ -103,7 +108,7 @@ def quantize_rows(
         return stored
     borrowed = None
     if factors is not None:
-        rows = (rows * factors.to(rows.dtype)).contiguous()
+        rows = (rows * factors).contiguous()  # in float32, as exact as what divides the inputs
     elif not rows.is_contiguous():
         # All at once: torch transposes a whole matrix four times faster than blocks of one.
         if scratch is None or scratch.device != rows.device:
@@ -176,7 +181,7 @@ class QuantizedModule(nn.Module):
         raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype = torch.float32, name: str = "weight") -> Tensor:
-        """The float weight ``[..., N, K]``."""
+        """The float weight ``[..., N, K]`` that the module multiplies its inputs by."""
         stored = getattr(self, name), getattr(self, f"{name}_scale")
         return self.formats[name].dequantize(*stored, self.shapes[name], dtype)
 
@@ -203,6 +208,13 @@ class QuantizedModule(nn.Module):
         self.register_parameter(name, weight)
         self.register_buffer(f"{name}_scale", stored.scale)
         self.formats[name], self.shapes[name] = stored.form, stored.shape
+
+    def storage(self) -> dict[str, Storage]:
+        """``{tensor name: shape and dtype}`` of what the module stores in place of weights."""
+        found = {}
+        for name in self.weight_names:
+            found |= formats.tensors(self.formats[name], name, self.shapes[name])
+        return found
 
     @property
     def format(self) -> Format:
@@ -255,16 +267,16 @@ class QuantizedModule(nn.Module):
                 f"{type(self).__name__} cannot be made {dtype}: see gpu_poor.dequantize"
             )
         self.dtype = dtype
-        weights = [self._parameters[name] for name in self.weight_names]
+        kept = [getattr(self, key) for key in self.storage()]
         before = {key: self.scale(key) for key in (f"{name}_scale" for name in self.weight_names)}
 
-        def keep_weights(tensor: Tensor) -> Tensor:
+        def keep_stored(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            if new.dtype != tensor.dtype and any(tensor is weight for weight in weights):
+            if new.dtype != tensor.dtype and any(tensor is stored for stored in kept):
                 return tensor.to(new.device)  # .type() casts integers too
             return new
 
-        super()._apply(keep_weights, recurse)
+        super()._apply(keep_stored, recurse)
         for key, old in before.items():
             if old is None:
                 continue
@@ -289,14 +301,12 @@ class QuantizedModule(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Refuse values that ``copy_`` would squeeze into a stored dtype, then load as usual."""
         error_msgs = args[-1] if args else kwargs["error_msgs"]
-        for name in self.weight_names:
-            stored = formats.tensors(self.formats[name], name, self.shapes[name])
-            for key, (_, dtype) in stored.items():
-                value = state_dict.get(prefix + key)
-                if value is not None and value.dtype != dtype:
-                    error_msgs.append(
-                        f"{prefix}{key} must be {dtype} but the state_dict has {value.dtype}: "
-                        "it was not saved from a model quantized by gpu_poor"
-                    )
-                    return
+        for key, (_, dtype) in self.storage().items():
+            value = state_dict.get(prefix + key)
+            if value is not None and value.dtype != dtype:
+                error_msgs.append(
+                    f"{prefix}{key} must be {dtype} but the state_dict has {value.dtype}: "
+                    "it was not saved from a model quantized by gpu_poor"
+                )
+                return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

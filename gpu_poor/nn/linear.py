@@ -3,10 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from gpu_poor.formats import Storage
 from gpu_poor.nn.base import QuantizedModule, Stored, is_plain, register
+from gpu_poor.ops.common import check_float
 
 #: Subclasses of nn.Linear with a forward of their own that still is ``x @ W.T + b``.
 PLAIN_LINEARS = {"FalconLinear"}
+#: Of input scales, whose numbers are within 2 ** 10, up and down.
+INPUT_SCALE = torch.float16
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -19,8 +23,12 @@ def _is_conv1d(module: nn.Module) -> bool:
 class QuantizedLinear(QuantizedModule):
     """``y = x @ w.T + bias``; not an nn.Linear, for ``weight`` is no float matrix.
 
+    Where an input scale s is kept, it is ``y = (s x) @ w'.T + bias``: what is stored is
+    ``w' = w diag(1 / s)``, and :meth:`dequantize` gives w, exactly so if s is a power of two. The
+    buffer ``input_scale`` is float16 ``[in_features]``, above 0, else None.
+
     Args:
-        stored: the weight, ``[out_features, in_features]``.
+        stored: the weight, ``[out_features, in_features]``, with its input scale.
         bias: ``[out_features]`` of a float dtype, or None.
         activation: "a8", "a16" or "a32".
         dtype: of the float weight.
@@ -38,6 +46,7 @@ class QuantizedLinear(QuantizedModule):
         super().__init__(activation, dtype)
         self.out_features, self.in_features = stored.shape
         self.set_weight("weight", stored)
+        self.register_buffer("input_scale", stored.input_scale)
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -57,6 +66,13 @@ class QuantizedLinear(QuantizedModule):
         return cls(weights["weight"], module.bias, activation, module.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (input_scale := self._buffers["input_scale"]) is None:
+            return self._linear(x)
+        check_float("linear", "x", x.dtype)
+        # In float32: float16 may not hold the products, though it holds their sums.
+        return self._linear(x.float() * input_scale).to(x.dtype)
+
+    def _linear(self, x: Tensor) -> Tensor:
         # The dicts, for nn.Module.__getattr__ costs a microsecond a name and a token has hundreds.
         parameters = self._parameters
         return self.formats["weight"].linear(
@@ -68,6 +84,17 @@ class QuantizedLinear(QuantizedModule):
             self._activation_bits,
         )
 
+    def storage(self) -> dict[str, Storage]:
+        found = super().storage()
+        if self._buffers["input_scale"] is not None:
+            found["input_scale"] = (self.in_features,), INPUT_SCALE
+        return found
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, name: str = "weight") -> Tensor:
+        if self.input_scale is None:
+            return super().dequantize(dtype, name)
+        return (super().dequantize(torch.float32, name) * self.input_scale).to(dtype)
+
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight = nn.Parameter(self.dequantize(dtype or self.dtype))
@@ -78,6 +105,7 @@ class QuantizedLinear(QuantizedModule):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.format.name}, {self.activation}"
+            f"{'' if self.input_scale is None else ', input_scale'}"
         )
 
 

@@ -25,9 +25,9 @@ class Column(IntEnum):
     WINDOW = auto()
     #: Four norms: kind, whether it has a bias.
     NORMS = auto()
-    #: Seven linears: N, group, activation bits, whether it has a bias.
+    #: Seven linears: N, group, activation bits, whether it has a bias, and an input scale.
     LINEARS = NORMS + 8
-    COUNT = LINEARS + 28
+    COUNT = LINEARS + 35
 
 
 class Number(IntEnum):

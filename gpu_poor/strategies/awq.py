@@ -25,12 +25,15 @@ class Awq(Smoothing):
 
     Args:
         steps: of the grid.
+        keep: factors that nothing before a layer can be divided by, as its input scale; not with
+            gptq, which gains nothing by it.
     """
 
     name = "awq"
     needs_inputs = True
     needs_gram = True
     steps: int = 20
+    keep: bool = True
 
     def __post_init__(self):
         if not (isinstance(self.steps, int) and self.steps >= 1):

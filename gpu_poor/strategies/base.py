@@ -4,7 +4,8 @@ Two kinds of strategy exist, and a recipe has at most one of each:
 
 - a :class:`Rounding` turns rows of a weight into what a format stores;
 - a :class:`Smoothing` multiplies columns of a weight by factors and divides what the layer reads
-  by them, in the norm before it, so that the float model computes the same (gpu_poor/folds.py).
+  by them, so that the float model computes the same: in the norm or linear before it
+  (gpu_poor/folds.py, gpu_poor/chains.py), or else in the layer itself, as its input scale.
 
 Adding one is one file and one ``register``.
 """
@@ -31,15 +32,15 @@ class Inputs:
     """What calibration has seen of the inputs x of a layer, in the model quantized so far.
 
     Args:
-        gram: mean of ``x x^T``, float32 ``[K, K]``.
+        gram: mean of ``x x^T``, float32 ``[K, K]``; None unless a strategy needs it.
         drift: mean of ``(x' - x) x^T``, float32 ``[K, K]``; x' is the input of the same layer in
-            the float model.
+            the float model. None unless a strategy needs it.
         absmax: largest ``|x|`` of each channel, float32 ``[K]``.
         n_tokens: how many x there were.
     """
 
-    gram: Tensor
-    drift: Tensor
+    gram: Tensor | None
+    drift: Tensor | None
     absmax: Tensor
     n_tokens: int
     #: What a rounding has made of the Gram matrix, for the next linear that reads x.
@@ -48,7 +49,8 @@ class Inputs:
     def divided_by(self, factors: Tensor) -> "Inputs":
         """Those of the same layer once its inputs are divided by ``factors``, ``[K]``."""
         outer = torch.outer(factors, factors)
-        return Inputs(self.gram / outer, self.drift / outer, self.absmax / factors, self.n_tokens)
+        gram, drift = (None if x is None else x / outer for x in (self.gram, self.drift))
+        return Inputs(gram, drift, self.absmax / factors, self.n_tokens)
 
 
 class Strategy:
@@ -57,8 +59,10 @@ class Strategy:
     name: ClassVar[str]
     #: Whether it needs :class:`Inputs`, and so calibration data.
     needs_inputs: ClassVar[bool] = False
-    #: Whether these must have the Gram matrix and the drift.
+    #: Whether these must have the Gram matrix.
     needs_gram: ClassVar[bool] = False
+    #: Whether these must have the drift, which takes the float model's activations as well.
+    needs_drift: ClassVar[bool] = False
 
 
 class Rounding(Strategy):
@@ -76,8 +80,11 @@ class Rounding(Strategy):
 class Smoothing(Strategy):
     """Chooses factors for the columns of the weights that read one tensor.
 
-    It is the output of a norm, or, with calibration data only, of a linear (gpu_poor/chains.py).
+    It is the output of a norm, or, with calibration data only, of anything.
     """
+
+    #: Whether factors are kept in the layer where nothing before it can be divided by them.
+    keep: bool = False
 
     def factors(
         self, gain: Tensor, rows: list[Tensor], inputs: Inputs | None, forms: list[Format]
@@ -85,7 +92,7 @@ class Smoothing(Strategy):
         """Positive float32 ``[K]``, or None to leave all as it is.
 
         Args:
-            gain: what the norm multiplies each channel by, float32 ``[K]``; ones for a linear.
+            gain: what the norm multiplies each channel by, float32 ``[K]``; ones if it is none.
             rows: the weights ``[N, K]`` that read it; empty while a checkpoint is streamed.
             inputs: what calibration has seen of the tensor, if the strategy needs it.
             forms: the formats of ``rows``.
@@ -136,6 +143,20 @@ class Recipe(NamedTuple):
     @property
     def needs_gram(self) -> bool:
         return any(part is not None and part.needs_gram for part in self)
+
+    @property
+    def needs_drift(self) -> bool:
+        return any(part is not None and part.needs_drift for part in self)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether linears may keep an input scale.
+
+        Not if both parts go by the Gram matrix: a search under it finds nothing that rounding under
+        it would not (docs/methods.md).
+        """
+        both = self.smoothing is not None and self.smoothing.needs_gram and self.rounding.needs_gram
+        return self.smoothing is not None and self.smoothing.keep and not both
 
     @property
     def names(self) -> list[str]:

@@ -29,6 +29,7 @@ class Gptq(Rounding):
     name = "gptq"
     needs_inputs = True
     needs_gram = True
+    needs_drift = True
     damp: float = 0.01
     sweeps: int = 3
     correction: float = 1.0
@@ -79,12 +80,15 @@ class Gptq(Rounding):
         damped.diagonal().add_(self.damp * mean)
         # With rows and columns reversed, L L^T = H is R R^T = H, R upper triangular, and U = R^-1:
         # one factorization and one solution in place of an inverse between two factorizations.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        upper = lower.flip(0, 1)
-        del lower
+        # Both overwrite what they are given, for these are the largest matrices of a calibration;
+        # LAPACK counts columns first, and H is symmetric.
+        lower, failed = damped.flip(0, 1).t(), torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed):
-            eye = torch.eye(len(upper))
-            factor = torch.linalg.solve_triangular(upper, eye, upper=True)
+            factor = torch.eye(len(lower)).t()
+            torch.linalg.solve_triangular(lower, factor, upper=False, out=factor)
+            del lower
+            factor = factor.flip(0, 1)
         if int(failed) or not bool(factor.isfinite().all()):
             raise ValueError(
                 f"the Gram matrix of its inputs is singular even with damp={self.damp:g}: use more "

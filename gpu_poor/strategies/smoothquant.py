@@ -16,11 +16,13 @@ class SmoothQuant(Smoothing):
 
     Args:
         alpha: how much of the difficulty moves into the weights, 0 to 1.
+        keep: factors that nothing before a layer can be divided by, as its input scale.
     """
 
     name = "smoothquant"
     needs_inputs = True
     alpha: float = 0.5
+    keep: bool = True
 
     def __post_init__(self):
         if not 0 <= self.alpha <= 1:

@@ -215,7 +215,8 @@ static void fill_halves(uint16_t *h, int64_t n)
 static void check_grouped(const gp_impl *impl, int64_t M, int64_t N, int64_t K, int bits,
                           int64_t group, int planes, int asym, int with_bias)
 {
-    const int64_t K_pad = round_up(K), P = (N + 15) / 16, B = (K + 31) / 32;
+    /* Any multiple of the alignment will do. */
+    const int64_t K_pad = round_up(K) + N % 2 * GP_K_ALIGN, P = (N + 15) / 16, B = (K + 31) / 32;
     const int64_t groups = (K + group - 1) / group, rows = M * planes;
     for (int at_start = 0; at_start < 2; at_start++) {
         uint8_t *w = guarded((size_t)(P * B * GP_BLOCK_BYTES(bits)), at_start);
@@ -380,16 +381,35 @@ static void check_stats(const gp_impl *impl, int64_t M, int64_t K)
         CHECK(fabs(squares[k] - want_squares[k]) <= 1e-12 * want_squares[k] * (double)M,
               "%s sum of squares", impl->name);
 
-    float *acc = guarded((size_t)(K * K) * 4, 0), *want_acc = calloc((size_t)(K * K), 4);
-    memset(acc, 0, (size_t)(K * K) * 4);
-    impl->gram(x, M, K, 0, K / 2, acc);
-    impl->gram(x, M, K, K / 2, K, acc);
-    ref->gram(x, M, K, 0, K, want_acc);
-    for (int64_t i = 0; i < K * K; i++) {
-        double bound = (double)(M + 2) * 0x1p-24 *
-                       sqrt(want_squares[i / K] * want_squares[i % K]) + 1e-30;
-        CHECK(fabs((double)acc[i] - want_acc[i]) <= bound, "%s gram M %ld K %ld", impl->name,
-              (long)M, (long)K);
+    float *acc = guarded((size_t)(K * K) * 4, 0), *want_acc = malloc((size_t)(K * K) * 4);
+    const int64_t W = GP_GRAM_WIDTH, panels = gp_ceil_div(K, W), pairs = (M + 1) / 2;
+    float *packed = guarded((size_t)(panels * M * W) * 4, 0);
+    uint16_t *paired = guarded((size_t)(panels * pairs * W) * 4, 0);
+    memset(packed, 0, (size_t)(panels * M * W) * 4);
+    memset(paired, 0, (size_t)(panels * pairs * W) * 4);
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t k = 0; k < K; k++) {
+            packed[(k / W * M + m) * W + k % W] = x[m * K + k];
+            paired[((k / W * pairs + m / 2) * W + k % W) * 2 + m % 2] = gp_float_to_bf16(x[m * K + k]);
+        }
+    for (int two = 0; two < 2; two++) {
+        memset(acc, 0, (size_t)(K * K) * 4);
+        memset(want_acc, 0, (size_t)(K * K) * 4);
+        for (int64_t p = 0; p < panels; p++)
+            if (two)
+                impl->gram_pairs(paired, M, K, p, p + 1, acc);
+            else
+                impl->gram(packed, M, K, p, p + 1, acc);
+        if (two)
+            ref->gram_pairs(paired, M, K, 0, panels, want_acc);
+        else
+            ref->gram(packed, M, K, 0, panels, want_acc);
+        for (int64_t i = 0; i < K * K; i++) {
+            double bound = (double)(M + 2) * 0x1p-24 * (1 + two * 0x1p-7) *
+                           sqrt(want_squares[i / K] * want_squares[i % K]) + 1e-30;
+            CHECK(fabs((double)acc[i] - want_acc[i]) <= bound, "%s gram%s M %ld K %ld", impl->name,
+                  two ? "_pairs" : "", (long)M, (long)K);
+        }
     }
     free(want);
     free(want_squares);
@@ -480,7 +500,8 @@ static void check_decoder_rows(const gp_impl *impl, int64_t K)
     release_all();
 }
 
-int main(void)
+/* Every instruction set of this CPU, or the one named. */
+int main(int argc, char **argv)
 {
     static const int64_t sizes[] = {1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129, 200};
     static const int64_t tokens[] = {1, 2, 3, 5, 15, 16, 17, 33, 40};
@@ -490,6 +511,7 @@ int main(void)
     const gp_impl reference = gp;
     ref = &reference;
     for (int i = 0; i < gp_available(); i++) {
+        if (argc > 1 && strcmp(argv[1], gp_available_isa(i))) continue;
         if (gp_set_isa(gp_available_isa(i))) return 1;
         const gp_impl table = gp; /* what this cap runs, inherited kernels included */
         for (int s = 0; s < n_sizes; s++) {
@@ -507,7 +529,6 @@ int main(void)
                 check_grouped_quantize(&table, 1 + s % 16, K, i < 2 ? 4 : 8, 32 * (1 + s % 4), i % 2);
                 check_gptq(&table, K, i < 2 ? 4 : 8, 32 * (1 + s % 5), i % 2);
             }
-                if (K <= 300) check_gptq(&table, K, i < 2 ? 4 : 8, 32 * (1 + s % 5), i % 2);
             for (int t = 0; t < (int)(sizeof(tokens) / sizeof(*tokens)); t++) {
                 for (int o = 0; o < (int)(sizeof(outs) / sizeof(*outs)); o++) {
                     int odd = (s + t + o) % 3;
@@ -527,8 +548,14 @@ int main(void)
         for (int planes = 1; planes <= 2; planes++)
             for (int type = GP_F32; type <= GP_F16; type++)
                 check_linear(&table, 130, 300, 1100, planes, (gp_dtype)type, 1, 1);
+        /* And of the grouped linear: chunks of columns, panels together, blocks of tokens. */
+        for (int i = 0; i < 32; i++)
+            check_grouped(&table, 20 + i % 3 * 25, 150, 800 + i, i < 16 ? 4 : 8, 32 * (1 + i % 4),
+                          1 + i / 4 % 2, i / 8 % 2, 1);
+        check_grouped(&table, 270, 40, 70, 4, 64, 2, 1, 1);
         printf("%s: %d checks, %d failed\n", table.name, checks, failures);
     }
+    if (checks == 0) printf("%s: this CPU lacks what it needs, nothing was checked\n", argv[1]);
     if (gp_set_isa("no such thing") != -1) failures++;
     printf("%d passed, %d failed\n", checks - failures, failures);
     return failures != 0;

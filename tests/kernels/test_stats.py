@@ -37,9 +37,10 @@ def test_channel_stats_accepts_leading_dimensions_and_strides(isa):
         assert_equal(got, want)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gram_adds_to_what_is_there(isa, shape):
-    x = heavy_tailed(*shape)
+@pytest.mark.parametrize("shape", [*SHAPES, (1100, 100)], ids=str)
+@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+def test_gram_adds_to_what_is_there(isa, shape, dtype):
+    x = heavy_tailed(*shape, dtype=dtype)
     acc = torch.ones(shape[1], shape[1])
     assert ops.gram_(acc, x) is acc
     expected, bound = gram(x)

@@ -1,4 +1,4 @@
-"""gpu-poor, 8 bits, as quantize() does it by default; ``:a8`` and ``:a32`` on request."""
+"""gpu-poor, 8 or 4 bits, as quantize() does it by default; ``int8-a8`` and the like on request."""
 
 import re
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks.peers import runner
 
-LABELS = {"": "**gpu-poor int8**"}
+LABELS = {"int8": "**gpu-poor int8**", "int4": "**gpu-poor int4**"}
 REQUIREMENTS = ()
 NOTE = ""
 
@@ -41,8 +41,9 @@ def setup(shape: str, threads: int, variant: str):
     from gpu_poor import quantize
 
     model, before = runner.float_model(shape)
-    options = {"activation": variant} if variant else {}
-    model = quantize(model, bits=8, verbose=False, **options)
+    bits, _, activation = variant.partition("-")
+    options = {"activation": activation} if activation else {}
+    model = quantize(model, bits=int(bits.removeprefix("int")), verbose=False, **options)
     session = runner.TransformersRunner(model, before)
     session.details = {"receipt": model.gpu_poor_receipt.to_dict(), "layers": layers(model)}
     return session
