@@ -411,7 +411,7 @@ def test_a_replaced_linear_is_not_overlooked():
         def forward(self, x):
             return 2 * self.base_layer(x)
 
-    layer.q_proj = Doubled()
+    layer.q_proj = Doubled().eval()
     found = _eager_reason(model)
     assert found == {None, "q_proj is Doubled, not quantized"}
     layer.q_proj = original

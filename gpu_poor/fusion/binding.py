@@ -246,7 +246,8 @@ def _linear(name: str, linear: nn.Module, binding: Binding) -> tuple[int, ...]:
     inputs = watch.read(linear._buffers, "input_scale")
     bits = watch.read(linear.__dict__, "_activation_bits")
     binding.tensors += [t for t in (weight, scale, bias, inputs) if t is not None]
-    return linear.out_features, form.group or 0, bits, int(bias is not None), int(inputs is not None)
+    has = int(bias is not None), int(inputs is not None)
+    return linear.out_features, form.group or 0, bits, *has
 
 
 def _attribute(module: nn.Module, path: str, *default):

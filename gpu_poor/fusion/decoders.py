@@ -226,8 +226,7 @@ def _prepare_cache(
     given = model_kwargs.get("past_key_values") is not None
     args = generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *rest
     result = base(self, *args)
-    # None becomes "dynamic" in transformers before 5.10.
-    if given or generation_config.cache_implementation not in (None, "dynamic"):
+    if given or not generation_config.use_cache or generation_config.cache_implementation:
         return result
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     made = model_kwargs.get("past_key_values")
@@ -247,7 +246,9 @@ def _paged(model: nn.Module, made, sequences: int, tokens: int):
     from gpu_poor import attention, kv_cache, memory
 
     formats = {dtype: name for name, dtype in kv_cache.FORMATS.items()}
-    if type(made) is not DynamicCache or model.dtype not in formats or attention.unsuitable(model):
+    # None: transformers before 5.10 leaves it to the model's forward to make one.
+    usual = made is None or type(made) is DynamicCache
+    if not usual or model.dtype not in formats or attention.unsuitable(model):
         return None
     config = model.config.get_text_config(decoder=True)
     room = int(kv_cache.SHARE_OF_AVAILABLE * memory.available())
