@@ -22,7 +22,7 @@ Inputs::Inputs(const void *x, gp_dtype type, int64_t M, int64_t K,
             form.groups = form.group ? (K + form.group - 1) / form.group : 0;
             form.input_scale = linear->input_scale;
             form.K_pad = round_up(K, GP_K_ALIGN);
-            form.in_place = type == GP_F32 && K == form.K_pad && !form.input_scale;
+            form.in_place = !form.planes && type == GP_F32 && K == form.K_pad && !form.input_scale;
             /* Not 4096 bytes from row to row: a tile of 16 or 32 would fall into the same few sets of L1. */
             if (form.group) form.K_pad |= GP_K_ALIGN;
         }
