@@ -1,4 +1,4 @@
-"""Fused decoder blocks: all of a block but attention, and a whole step (csrc/ops/decoder.cpp).
+"""Fused decoder blocks: all of a block but attention, and a whole step (csrc/ops/decoder_ops.cpp).
 
 What a block consists of is told by a row of ``layout`` and one of ``numbers``, whose columns are
 :class:`Column` and :class:`Number` here and in csrc/ops/decoder.h; its tensors come in one list.
