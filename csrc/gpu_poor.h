@@ -237,8 +237,9 @@ typedef struct {
     /* acc[K][K] += x^T x for rows i in [i0, i1) and columns j >= i, mirrored to acc[j][i]. */    \
     X(gram, void,                                                                                 \
       (const float *x, int64_t M, int64_t K, int64_t i0, int64_t i1, float *acc))                 \
-    /* One head's key or value x[D] as pages hold it. Returns the scale of int8, as float16: 0 and  \
-     * zeros where absmax / 127 rounds to 0, NaN and zeros where x holds a NaN or an infinity. */   \
+    /* One head's key or value x[D] as pages hold it. Returns the scale of int8 as float16, of the  \
+     * least squared error among 16: csrc/attention.c. 0 and zeros where absmax / 127 rounds to 0,  \
+     * NaN or infinity and zeros where that is what it is. */                                       \
     X(page_store_row, uint16_t, (const float *x, int64_t D, gp_dtype type, void *y))              \
     X(attend_chunk, void, (const gp_attend *a))                                                   \
     /* out[D] from n >= 0 partials of a row, `stride` floats apart, in their order; zeros if n = 0. */ \

@@ -106,12 +106,19 @@ def _rows(x: Tensor, pages: Tensor) -> tuple[Tensor, Tensor | None]:
         return x.to(pages.dtype), None
     x = x.float()
     absmax = x.abs().amax(-1)
-    scale = (absmax / torch.full_like(absmax, 127)).half()
-    rounded = scale.float()
-    live = (rounded > 0) & rounded.isfinite()
-    q = (x * torch.where(live, 1 / rounded, 0.0)[..., None]).round().clamp(-127, 127)
-    scale = torch.where(absmax.isfinite(), scale, torch.full_like(scale, math.nan))
-    return torch.where(live[..., None], q, 0.0).to(torch.int8), scale
+    first = (absmax / torch.full_like(absmax, 127)).half()
+    # float16 numbers in order are their bits in order: csrc/attention.h has these candidates.
+    bits = first.view(torch.int16)[..., None] + 4 * torch.arange(16, device=x.device)
+    scales = bits.to(torch.int16).view(torch.float16).float()
+    live = ((first > 0) & first.isfinite())[..., None] & scales.isfinite()
+    inverse = torch.where(live, 1 / scales, 0.0)
+    q = (x[..., None, :] * inverse[..., None]).round().clamp(-127, 127)
+    q = torch.where(live[..., None], q, 0.0)
+    error = (x[..., None, :] - q * scales[..., None]).square().sum(-1)
+    best = torch.where(live, error, math.inf).argmin(-1, keepdim=True)
+    q = q.gather(-2, best[..., None].expand(*best.shape, x.shape[-1])).squeeze(-2)
+    scale = torch.where(absmax.isfinite(), scales.gather(-1, best).squeeze(-1), math.nan)
+    return q.to(torch.int8), scale.half()
 
 
 def _slots(pages: Tensor, block_table: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,8 +217,9 @@ def paged_append(
 
     Args:
         pages, scales: of one layer, as above; each page contiguous.
-        k, v: ``[B, T, kv_heads, D]`` of a float dtype, any strides. An int8 row gets the float16
-            scale ``absmax / 127`` and ``q = rint(x / scale)``; one with a NaN or an infinity, or
+        k, v: ``[B, T, kv_heads, D]`` of a float dtype, any strides. An int8 row is
+            ``q = rint(x / scale)``, with the float16 scale of least squared error of 16 between
+            ``absmax / 127`` and 6 % more; one with a NaN or an infinity, or
             too large for float16, makes every attention that sees it NaN.
         block_table: int32 ``[B, max_pages]``, contiguous. lengths: int32 ``[B]``.
 
