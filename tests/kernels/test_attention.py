@@ -186,6 +186,26 @@ def test_int8_scales_are_the_best_of_sixteen(isa, d):
     assert ratio < {8: 0.7, 64: 0.95, 128: 0.98}[d]
 
 
+def test_a_shift_of_all_keys_changes_no_attention(isa):
+    k, v = torch.randn(2, 2, 300, 2, 16)
+    k += 20  # where int8 has few bits left for the rest
+    q = torch.randn(2, 1, 4, 16)
+    length, table = full(2, 300), block_table(2, 300, 64)
+    exact = oracle(q, k.transpose(1, 2), v.transpose(1, 2), 0.25)
+    errors = {}
+    for dtype in (torch.float32, torch.int8):
+        for shift in (None, torch.full((2, 16), 20.0)):
+            pages, scales = empty_pages(10, 2, 64, 16, dtype)
+            ops.paged_append(pages, scales, k, v, table, full(2, 0), shift)
+            if shift is not None and dtype == torch.float32:
+                stored, _ = ops.paged_gather(pages, scales, table, 300)
+                assert_equal(stored, (k - 20).transpose(1, 2))
+            y = ops.paged_attention(q, pages, scales, table, length, softmax_scale=0.25)
+            errors[dtype, shift is None] = np.abs(y.double().numpy() - exact).max()
+    assert errors[torch.float32, False] < 5e-5 and errors[torch.float32, True] < 5e-4
+    assert errors[torch.int8, False] < 0.1 * errors[torch.int8, True]
+
+
 def test_formats_round_once(isa):
     x = heavy_tailed(1, 20, 2, 33)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
