@@ -33,7 +33,7 @@ FORMATS = {
 #: Without kv_memory the arena may grow to this share of what is available when it is made.
 SHARE_OF_AVAILABLE = 0.8
 #: Sequences and tokens of each that the mean of the keys is taken of.
-CENTER_ON = 2, 128
+CENTER_ON = 4, 128
 
 
 class PagePool:
@@ -107,23 +107,28 @@ class PagePool:
     def center_keys(self, model: nn.Module) -> None:
         """Store keys less their mean, which takes from all scores of a query the same.
 
-        int8 then has its steps for what tells keys apart. The mean is of :data:`CENTER_ON` tokens
-        drawn at random, the same ones always: there may be no text to take.
+        int8 then has its steps for what tells keys apart. The mean is over :data:`CENTER_ON` tokens
+        that the model predicts at every place of as many random ones, the same ones always: nearly
+        as good as its own text, and two passes in place of a generation.
 
         Raises:
             ValueError: something is stored already.
         """
         if self.allocator.n_free < self.allocator.n_pages:
             raise ValueError("keys are stored already: they can't be centred any more")
-        rows, tokens = CENTER_ON
-        tokens = min(tokens, n_positions(model))
+        rows, tokens = CENTER_ON[0], min(CENTER_ON[1], n_positions(model))
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.config.vocab_size, (rows, tokens), generator=generator)
-        cache = PagedKVCache(self.small(rows, tokens))
+        means = []
         with evaluating(model):
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
-        means = [layer.gather(torch.float32)[0].mean((0, 2)) for layer in cache.layers]
-        self.shift = torch.stack(means)
+            for _ in range(rows):
+                ids = torch.randint(self.config.vocab_size, (1, tokens), generator=generator)
+                chances = model(input_ids=ids, use_cache=False).logits[0, :-1].float().softmax(-1)
+                ids[0, 1:] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+                cache = PagedKVCache(self.small(1, tokens))
+                model(input_ids=ids, past_key_values=cache, use_cache=True)
+                keys = [layer.gather(torch.float32)[0] for layer in cache.layers]
+                means.append(torch.stack([k.mean((0, 2)) for k in keys]))
+        self.shift = torch.stack(means).mean(0)
 
     def small(self, rows: int, tokens: int) -> "PagePool":
         """Another pool for so much, in float32."""

@@ -203,7 +203,7 @@ def test_a_shift_of_all_keys_changes_no_attention(isa):
             y = ops.paged_attention(q, pages, scales, table, length, softmax_scale=0.25)
             errors[dtype, shift is None] = np.abs(y.double().numpy() - exact).max()
     assert errors[torch.float32, False] < 5e-5 and errors[torch.float32, True] < 5e-4
-    assert errors[torch.int8, False] < 0.1 * errors[torch.int8, True]
+    assert errors[torch.int8, False] < 0.2 * errors[torch.int8, True]
 
 
 def test_formats_round_once(isa):
