@@ -74,8 +74,20 @@ static void attend_combine_ref(const float *partial, int64_t n, int64_t stride, 
     for (int64_t d = 0; d < D; d++) out[d] *= inverse;
 }
 
-/* q = rint(x / scale) with the scale as it is stored, so its own rounding costs nothing but the clamp
- * of values that it made larger than 127 steps. */
+/* q = rint(x / scale), with the scale as it is stored, of the GP_PAGE_SCALES that leaves the least squared
+ * error. A row has few elements, so the luck of their rounding differs: in rows of 8, 64 and 128 normal
+ * values the best of 16 leaves 0.60, 0.88 and 0.92 times the squared error of the first one, absmax / 127. */
+static float squared_error(const float *x, int64_t D, float scale)
+{
+    const float inverse = 1 / scale;
+    float lane[16] = {0};
+    for (int64_t d = 0; d < D; d++) {
+        const float e = fmaf(-gp_page_value(x[d], inverse), scale, x[d]);
+        lane[d % 16] = fmaf(e, e, lane[d % 16]);
+    }
+    return fold(lane);
+}
+
 static uint16_t page_store_row_ref(const float *x, int64_t D, gp_dtype type, void *y)
 {
     if (type != GP_I8) {
@@ -87,13 +99,21 @@ static uint16_t page_store_row_ref(const float *x, int64_t D, gp_dtype type, voi
         const uint32_t bits = gp_bits(x[d]) & 0x7fffffffu;
         absmax = bits > absmax ? bits : absmax;
     }
-    uint16_t scale;
-    const float inverse = gp_page_scale(absmax, &scale);
-    for (int64_t d = 0; d < D; d++) {
-        float q = inverse ? rintf(x[d] * inverse) : 0;
-        ((int8_t *)y)[d] = (int8_t)(q > 127 ? 127 : q < -127 ? -127 : q);
+    const uint16_t first = gp_page_scale(absmax);
+    if (!gp_page_live(first)) {
+        memset(y, 0, (size_t)D);
+        return first;
     }
-    return scale;
+    uint16_t best = first;
+    float least = INFINITY;
+    for (int i = 0; i < GP_PAGE_SCALES; i++) {
+        const uint16_t scale = (uint16_t)(first + GP_PAGE_SCALE_STEP * i);
+        const float error = gp_page_live(scale) ? squared_error(x, D, gp_f16_to_float(scale)) : INFINITY;
+        if (error < least) least = error, best = scale;
+    }
+    const float inverse = 1 / gp_f16_to_float(best);
+    for (int64_t d = 0; d < D; d++) ((int8_t *)y)[d] = (int8_t)gp_page_value(x[d], inverse);
+    return best;
 }
 
 const gp_impl gp_impl_attention_ref = {

@@ -36,12 +36,25 @@ GP_INLINE float gp_exp2(float x)
     return p * gp_from_bits((gp_bits(shifted) << 23) + 0x3f800000u);
 }
 
-/* Scale of an int8 row from the bits of its absmax, and the reciprocal; 0: all q are 0. */
-GP_INLINE float gp_page_scale(uint32_t absmax, uint16_t *scale)
+/* Scales that an int8 row may have: the float16 number nearest to absmax / 127, and those 4, 8, ... 60
+ * places above it, up to 3 or 6 % larger. */
+#define GP_PAGE_SCALES 16
+#define GP_PAGE_SCALE_STEP 4
+
+/* The first of them, from the bits of a row's absmax; NaN if that is no finite number. */
+GP_INLINE uint16_t gp_page_scale(uint32_t absmax)
 {
-    *scale = absmax < 0x7f800000u ? gp_float_to_f16(gp_from_bits(absmax) / 127) : 0x7e00;
-    const float rounded = gp_f16_to_float(*scale);
-    return rounded > 0 && rounded <= 65504 ? 1 / rounded : 0;
+    return absmax < 0x7f800000u ? gp_float_to_f16(gp_from_bits(absmax) / 127) : 0x7e00;
+}
+
+/* Whether a row can have this scale: it isn't 0, and finite. */
+GP_INLINE int gp_page_live(uint16_t scale) { return scale - 1u < 0x7bffu; }
+
+/* Clamped: the first scale may be rounded down. */
+GP_INLINE float gp_page_value(float x, float inverse)
+{
+    const float q = __builtin_rintf(x * inverse);
+    return q > 127 ? 127 : q < -127 ? -127 : q;
 }
 
 #endif

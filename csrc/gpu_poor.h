@@ -261,8 +261,9 @@ typedef struct {
     /* The same of bfloat16 pairs; products are exact, sums of two may round subnormals to 0. */    \
     X(gram_pairs, void,                                                                           \
       (const uint16_t *packed, int64_t M, int64_t K, int64_t p0, int64_t p1, float *acc))                 \
-    /* One head's key or value x[D] as pages hold it. Returns the scale of int8, as float16: 0 and  \
-     * zeros where absmax / 127 rounds to 0, NaN and zeros where x holds a NaN or an infinity. */   \
+    /* One head's key or value x[D] as pages hold it. Returns the scale of int8 as float16, of the  \
+     * least squared error among 16: csrc/attention.c. 0 and zeros where absmax / 127 rounds to 0,  \
+     * NaN or infinity and zeros where that is what it is. */                                       \
     X(page_store_row, uint16_t, (const float *x, int64_t D, gp_dtype type, void *y))              \
     X(attend_chunk, void, (const gp_attend *a))                                                   \
     /* out[D] from n >= 0 partials of a row, `stride` floats apart, in their order; zeros if n = 0. */ \

@@ -205,6 +205,17 @@ def _mapped_files() -> Ranges:
     return [each for each in found if each is not None]
 
 
+def prefer_huge_pages(tensor: Tensor) -> None:
+    """Ask for pages of 2 MB where a tensor's memory is first written; no more than a wish."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+
+
 def _unwritten_files() -> Ranges:
     """Those of :func:`_mapped_files` that this process has written nothing to."""
     smaps = Path("/proc/self/smaps")

@@ -53,4 +53,6 @@ def step(x: torch.Tensor, blocks: int = 2, int8: bool = False) -> tuple:
     table = torch.arange(3 * batch, dtype=torch.int32).view(batch, 3)
     lengths = torch.full((batch,), 5, dtype=torch.int32)
     starts = torch.arange(batch, dtype=torch.int32)
-    return (x, *block(blocks), *angles(tokens, batch), arena, scales, table, lengths, starts)
+    shift = torch.randn(blocks, G, D) if int8 else None
+    pages = arena, scales, shift
+    return (x, *block(blocks), *angles(tokens, batch), *pages, table, lengths, starts)

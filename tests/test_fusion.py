@@ -15,7 +15,7 @@ from gpu_poor.fusion.blocks import LAST
 
 transformers = pytest.importorskip("transformers")
 
-from gpu_poor.kv_cache import PagedKVCache  # noqa: E402 - needs transformers
+from gpu_poor.kv_cache import PagedKVCache, PagePool  # noqa: E402 - needs transformers
 
 _SIZES = {
     "vocab_size": VOCAB,
@@ -368,7 +368,10 @@ def test_other_caches_work():
 @pytest.mark.parametrize("form", ["fp32", "int8"])
 def test_a_given_cache_in_pages(form):
     model = make("llama")
-    cache = PagedKVCache(model, format=form, kv_memory="8MB", page_size=16)
+    pool = PagePool(model, format=form, kv_memory="8MB", page_size=16)
+    if form == "int8":
+        pool.center_keys(model)
+    cache = PagedKVCache(pool)
     _, logits, used = generate(model, tokens(2, 20), past_key_values=cache)
     assert used is cache and step_reason(model) is None
     _, want, _ = generate(make("llama", fused=False), tokens(2, 20))

@@ -93,10 +93,17 @@ void append(const Pages &pages, const float *k, const float *v, int64_t stride, 
                      const int64_t token = i / 2, b = token / T, slot = pages.lengths[b] + token % T;
                      const int part = i % 2;
                      const float *x = (part ? v : k) + token * stride;
+                     const float *shift = part ? nullptr : pages.shift;
+                     float centered[GP_HEAD_DIM_MAX];
                      for (int64_t g = 0; g < heads; g++) {
                          const gp_place at = gp_slot(&layer, pages.table(b), part, g, slot);
+                         const float *row = x + g * D;
+                         if (shift) {
+                             for (int64_t d = 0; d < D; d++) centered[d] = row[d] - shift[g * D + d];
+                             row = centered;
+                         }
                          const uint16_t scale =
-                             gp.page_store_row(x + g * D, D, layer.type,
+                             gp.page_store_row(row, D, layer.type,
                                                static_cast<char *>(layer.pages) + at.row * size);
                          if (layer.scales) layer.scales[at.scale] = scale;
                      }
@@ -230,8 +237,19 @@ void check_heads(const char *op, const char *name, const Tensor &x, const gp_pag
                     grouped ? "a multiple of " : "", layer.kv_heads, " heads, got ", shape_of(x));
 }
 
+const float *shift_of(const char *op, const Tensor &shift, const gp_pages &layer)
+{
+    STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.dim() == 2 &&
+                        shift.size(0) == layer.kv_heads && shift.size(1) == layer.D &&
+                        shift.is_contiguous() && shift.is_cpu(),
+                    op, ": shift must be a contiguous float32 [kv_heads, D] = [", layer.kv_heads, ", ",
+                    layer.D, "], got ", shape_of(shift));
+    return static_cast<const float *>(shift.data_ptr());
+}
+
 void paged_append(const Tensor &pages, const std::optional<Tensor> &scales, const Tensor &k_in,
-                  const Tensor &v_in, const Tensor &block_table, const Tensor &lengths)
+                  const Tensor &v_in, const Tensor &block_table, const Tensor &lengths,
+                  const std::optional<Tensor> &shift)
 {
     const char *op = "paged_append";
     Pages p = pages_of(op, pages, scales, block_table, k_in.dim() ? k_in.size(0) : 0);
@@ -240,6 +258,7 @@ void paged_append(const Tensor &pages, const std::optional<Tensor> &scales, cons
     STD_TORCH_CHECK(v_in.size(0) == k_in.size(0) && v_in.size(1) == k_in.size(1), op,
                     ": k and v differ: ", shape_of(k_in), ", ", shape_of(v_in));
     p.lengths = integers(op, "lengths", lengths, 1, p.batch);
+    if (shift) p.shift = shift_of(op, *shift, p.layer);
     gp_dtype k_type = float_type(k_in.scalar_type(), op, "k");
     gp_dtype v_type = float_type(v_in.scalar_type(), op, "v");
     const int64_t T = k_in.size(1), stride = p.layer.kv_heads * p.layer.D;
@@ -325,7 +344,7 @@ std::tuple<Tensor, Tensor> paged_gather(const Tensor &pages, const std::optional
 STABLE_TORCH_LIBRARY_FRAGMENT(gpu_poor, m)
 {
     m.def("paged_append(Tensor(a!) pages, Tensor(b!)? scales, Tensor k, Tensor v, "
-          "Tensor block_table, Tensor lengths) -> ()");
+          "Tensor block_table, Tensor lengths, Tensor? shift) -> ()");
     m.def("paged_attention(Tensor q, Tensor pages, Tensor? scales, Tensor block_table, "
           "Tensor lengths, Tensor? starts, float softmax_scale, int window) -> Tensor");
     m.def("paged_gather(Tensor pages, Tensor? scales, Tensor block_table, int length, "

@@ -20,14 +20,16 @@ struct Pages {
     const int32_t *lengths; /* [batch]: tokens before the T new ones */
     const int32_t *starts;  /* [batch]: first slot that counts (left padding); NULL: 0 */
     int64_t window;         /* slots a token sees, itself included; 0: all */
+    const float *shift;     /* [kv_heads][D] that keys are stored less: softmax does not see what all
+                             * scores of a query have in common. NULL: 0 */
 
     int64_t start(int64_t b) const { return starts ? starts[b] : 0; }
     const int32_t *table(int64_t b) const { return block_table + b * table_stride; }
 };
 
 /* Of a layer's pages [n, 2, kv_heads, page_size, D], each contiguous, scales [n, 2, kv_heads, page_size]
- * or none, and block_table int32 [batch, max_pages]; lengths, starts and window are left to the caller.
- * Throws what is wrong with them. */
+ * or none, and block_table int32 [batch, max_pages]; lengths, starts, window and shift are left to
+ * the caller. Throws what is wrong with them. */
 Pages pages_of(const char *op, const Tensor &pages, const std::optional<Tensor> &scales,
                const Tensor &block_table, int64_t batch);
 

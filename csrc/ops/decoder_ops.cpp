@@ -127,8 +127,8 @@ Tensor decoder_out(const Tensor &x_in, const Tensor &attention_in, std::vector<T
 class Arena {
   public:
     Arena(const char *op, const Tensor &arena, const std::optional<Tensor> &scales,
-          const Tensor &block_table, const Tensor &lengths, const std::optional<Tensor> &starts,
-          int64_t batch)
+          const std::optional<Tensor> &shift, const Tensor &block_table, const Tensor &lengths,
+          const std::optional<Tensor> &starts, int64_t batch)
         : op_(op)
     {
         STD_TORCH_CHECK(arena.dim() == 6 && arena.size(2) == 2 && arena.is_contiguous() && arena.is_cpu() &&
@@ -154,6 +154,14 @@ class Arena {
         layer.pages = arena.data_ptr(), layer.page_stride = arena.stride(0);
         layer.scales = scales ? static_cast<uint16_t *>(scales->data_ptr()) : nullptr;
         layer.scale_stride = scales ? scales->stride(0) : 0;
+        if (shift) {
+            STD_TORCH_CHECK(shift->scalar_type() == ScalarType::Float && shift->dim() == 3 &&
+                                shift->size(0) == layers && shift->size(1) == layer.kv_heads &&
+                                shift->size(2) == layer.D && shift->is_contiguous() && shift->is_cpu(),
+                            op, ": shift must be a contiguous float32 [layers, kv_heads, D], got ",
+                            shape_of(*shift));
+            first_.shift = static_cast<const float *>(shift->data_ptr());
+        }
         first_.n_pages = arena.size(0), first_.batch = batch;
         first_.block_table = static_cast<const int32_t *>(block_table.data_ptr());
         first_.table_stride = block_table.size(1);
@@ -173,6 +181,7 @@ class Arena {
         pages.layer.pages = static_cast<char *>(pages.layer.pages) +
                             rows * pages.layer.D * gp_size(pages.layer.type);
         if (pages.layer.scales) pages.layer.scales += rows;
+        if (pages.shift) pages.shift += i * pages.layer.kv_heads * pages.layer.D;
         pages.window = window;
         return pages;
     }
@@ -194,13 +203,14 @@ class Arena {
 Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tensor &layout,
                     const Tensor &numbers, const std::optional<Tensor> &cosine,
                     const std::optional<Tensor> &sine, const Tensor &pages,
-                    const std::optional<Tensor> &scales, const Tensor &block_table,
-                    const Tensor &lengths, const std::optional<Tensor> &starts)
+                    const std::optional<Tensor> &scales, const std::optional<Tensor> &shift,
+                    const Tensor &block_table, const Tensor &lengths,
+                    const std::optional<Tensor> &starts)
 {
     const char *op = "decoder_step";
     const Hidden x(op, x_in);
     const Angles angles(op, cosine, sine, x);
-    const Arena arena(op, pages, scales, block_table, lengths, starts, x.B);
+    const Arena arena(op, pages, scales, shift, block_table, lengths, starts, x.B);
     Reader reader(op, weights, layout, numbers);
     STD_TORCH_CHECK(arena.layers == reader.blocks(), op, ": an arena of ", arena.layers, " layers for ",
                     reader.blocks(), " blocks");
@@ -239,8 +249,8 @@ Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tenso
 STABLE_TORCH_LIBRARY_FRAGMENT(gpu_poor, m)
 {
     m.def("decoder_step(Tensor x, Tensor[] weights, Tensor layout, Tensor numbers, Tensor? cos, "
-          "Tensor? sin, Tensor(a!) pages, Tensor(b!)? scales, Tensor block_table, Tensor lengths, "
-          "Tensor? starts) -> Tensor");
+          "Tensor? sin, Tensor(a!) pages, Tensor(b!)? scales, Tensor? shift, Tensor block_table, "
+          "Tensor lengths, Tensor? starts) -> Tensor");
     m.def("decoder_qkv(Tensor x, Tensor[] weights, Tensor layout, Tensor numbers, Tensor? cos, "
           "Tensor? sin, int heads, int kv_heads, int head_dim) -> (Tensor, Tensor, Tensor)");
     m.def("decoder_out(Tensor x, Tensor attention, Tensor[] weights, Tensor layout, Tensor numbers)"

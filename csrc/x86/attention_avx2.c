@@ -23,6 +23,7 @@ INLINE void v16_store(float *y, v16 v) { _mm256_storeu_ps(y, v.a), _mm256_storeu
 EACH(v16_add, _mm256_add_ps)
 EACH(v16_sub, _mm256_sub_ps)
 EACH(v16_mul, _mm256_mul_ps)
+EACH(v16_xor, _mm256_xor_ps)
 EACH(v16_max, _mm256_max_ps) /* y if one is a NaN */
 #undef EACH
 INLINE v16 v16_fma(v16 x, v16 y, v16 z)
@@ -43,12 +44,17 @@ INLINE void v16_store_as(void *y, gp_dtype type, int64_t i, v16 v)
     store8(y, type, i, v.a), store8(y, type, i + 8, v.b);
 }
 
+/* gp_page_value of what is multiplied already */
+INLINE __m256 page_value8(__m256 v)
+{
+    const __m256 q = _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_max_ps(_mm256_min_ps(q, _mm256_set1_ps(127)), _mm256_set1_ps(-127));
+}
+INLINE v16 v16_page_value(v16 v) { return (v16){page_value8(v.a), page_value8(v.b)}; }
+
 INLINE void v16_store_bytes(int8_t *y, v16 v)
 {
-    const __m256i low = _mm256_set1_epi32(-127), high = _mm256_set1_epi32(127);
-    const __m256i a = _mm256_cvtps_epi32(v.a), b = _mm256_cvtps_epi32(v.b);
-    store_bytes(y, _mm256_min_epi32(_mm256_max_epi32(a, low), high), 8);
-    store_bytes(y + 8, _mm256_min_epi32(_mm256_max_epi32(b, low), high), 8);
+    store_bytes(y, _mm256_cvtps_epi32(v.a), 8), store_bytes(y + 8, _mm256_cvtps_epi32(v.b), 8);
 }
 
 /* gp_exp2 */

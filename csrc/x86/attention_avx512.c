@@ -19,6 +19,7 @@ INLINE void v16_store(float *y, v16 v) { _mm512_storeu_ps(y, v); }
 INLINE v16 v16_add(v16 a, v16 b) { return _mm512_add_ps(a, b); }
 INLINE v16 v16_sub(v16 a, v16 b) { return _mm512_sub_ps(a, b); }
 INLINE v16 v16_mul(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
+INLINE v16 v16_xor(v16 a, v16 b) { return _mm512_xor_ps(a, b); }
 INLINE v16 v16_max(v16 a, v16 b) { return _mm512_max_ps(a, b); } /* b if one is a NaN */
 INLINE v16 v16_fma(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
 
@@ -37,10 +38,16 @@ INLINE void v16_store_as(void *y, gp_dtype type, int64_t i, v16 v)
     store16(y, type, i, (__mmask16)0xffff, v);
 }
 
+/* gp_page_value of what is multiplied already */
+INLINE v16 v16_page_value(v16 v)
+{
+    const v16 q = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_max_ps(_mm512_min_ps(q, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
+}
+
 INLINE void v16_store_bytes(int8_t *y, v16 v)
 {
-    __m512i q = _mm512_max_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(-127));
-    _mm_storeu_si128((__m128i *)y, _mm512_cvtsepi32_epi8(q));
+    _mm_storeu_si128((__m128i *)y, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
 
 /* gp_exp2 */

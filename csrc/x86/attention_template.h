@@ -220,30 +220,52 @@ TARGET static void NAME(attend_combine)(const float *partial, int64_t n, int64_t
     for (int64_t d = 0; d < D; d++) out[d] *= inverse;
 }
 
-TARGET static uint16_t NAME(page_store_row)(const float *x, int64_t D, gp_dtype type, void *y)
+INLINE float page_error(const float *x, int64_t D_pad, float scale)
+{
+    const v16 by = v16_set1(scale), inverse = v16_set1(1 / scale), minus = v16_set1(-0.0f);
+    v16 sum = v16_zero();
+    for (int64_t d = 0; d < D_pad; d += 16) {
+        const v16 v = v16_load(x + d), q = v16_page_value(v16_mul(v, inverse));
+        const v16 e = v16_fma(v16_xor(q, minus), by, v);
+        sum = v16_fma(e, e, sum);
+    }
+    return v16_fold(sum);
+}
+
+/* Any D but of int8 rows, which have at most GP_HEAD_DIM_MAX. */
+TARGET static uint16_t NAME(page_store_row)(const float *x_in, int64_t D, gp_dtype type, void *y)
 {
     int64_t d = 0;
     if (type != GP_I8) {
-        for (; d + 16 <= D; d += 16) v16_store_as(y, type, d, v16_load(x + d));
-        for (; d < D; d++) gp_store(y, type, d, x[d]);
+        for (; d + 16 <= D; d += 16) v16_store_as(y, type, d, v16_load(x_in + d));
+        for (; d < D; d++) gp_store(y, type, d, x_in[d]);
         return 0;
     }
+    const int64_t D_pad = gp_ceil_div(D, 16) * 16;
+    float x[GP_HEAD_DIM_MAX];
     uint32_t absmax = 0;
     for (; d < D; d++) {
-        const uint32_t bits = gp_bits(x[d]) & 0x7fffffffu;
+        const uint32_t bits = gp_bits(x_in[d]) & 0x7fffffffu;
         absmax = bits > absmax ? bits : absmax;
+        x[d] = x_in[d];
     }
-    uint16_t scale;
-    const float inverse = gp_page_scale(absmax, &scale);
-    if (inverse == 0) {
+    for (; d < D_pad; d++) x[d] = 0;
+    const uint16_t first = gp_page_scale(absmax);
+    if (!gp_page_live(first)) {
         memset(y, 0, (size_t)D);
-        return scale;
+        return first;
     }
+    uint16_t best = first;
+    float least = INFINITY;
+    for (int i = 0; i < GP_PAGE_SCALES; i++) {
+        const uint16_t scale = (uint16_t)(first + GP_PAGE_SCALE_STEP * i);
+        if (!gp_page_live(scale)) break;
+        const float error = page_error(x, D_pad, gp_f16_to_float(scale));
+        if (error < least) least = error, best = scale;
+    }
+    const float inverse = 1 / gp_f16_to_float(best);
     for (d = 0; d + 16 <= D; d += 16)
-        v16_store_bytes((int8_t *)y + d, v16_mul(v16_load(x + d), v16_set1(inverse)));
-    for (; d < D; d++) {
-        const float q = rintf(x[d] * inverse);
-        ((int8_t *)y)[d] = (int8_t)(q > 127 ? 127 : q < -127 ? -127 : q);
-    }
-    return scale;
+        v16_store_bytes((int8_t *)y + d, v16_page_value(v16_mul(v16_load(x + d), v16_set1(inverse))));
+    for (; d < D; d++) ((int8_t *)y)[d] = (int8_t)gp_page_value(x[d], inverse);
+    return best;
 }

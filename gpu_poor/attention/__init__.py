@@ -18,6 +18,7 @@ from transformers.masking_utils import (
 )
 
 from gpu_poor import memory
+from gpu_poor.modules import evaluating
 
 NAME = "gpu_poor"
 #: Up to so many new tokens run on the pages. Our kernel reads them again for each token, torch's
@@ -105,7 +106,7 @@ def attention_forward(
         known = attention_mask is None or starts is not None
         if known and tokens <= FEW_TOKENS and not dropout:
             return layer.attend(query, starts, scaling), None
-        key, value = layer.gather(query.dtype)
+        key, value = layer.gather(query.dtype, shifted=True)
         sliding_window = layer.window
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -153,15 +154,10 @@ def unsuitable(model: nn.Module) -> str | None:
 @torch.no_grad()
 def _answers(model: nn.Module, cache) -> Tensor:
     """Logits of three tokens, and then of one more."""
-    modes = {module: module.training for module in model.modules()}
     ids = torch.arange(1, 5)[None] % model.config.get_text_config(decoder=True).vocab_size
-    model.eval()
-    try:
+    with evaluating(model):
         first = model(input_ids=ids[:, :3], past_key_values=cache, use_cache=True)
         second = model(input_ids=ids[:, 3:], past_key_values=first.past_key_values, use_cache=True)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return torch.cat((first.logits, second.logits), 1).float()
 
 

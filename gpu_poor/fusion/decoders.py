@@ -157,6 +157,7 @@ def _step(model: nn.Module, call: dict) -> Tensor | str:
         sin,
         cache.pool.arena,
         cache.pool.scales,
+        cache.pool.shift,
         cache.block_table,
         cache.lengths,
         starts,

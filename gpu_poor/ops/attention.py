@@ -72,7 +72,7 @@ def _check_heads(op: str, name: str, x: Tensor, pages: Tensor, grouped: bool = F
     common.check_float(op, name, x.dtype)
 
 
-def _check_append(pages, scales, k, v, block_table, lengths) -> None:
+def _check_append(pages, scales, k, v, block_table, lengths, shift) -> None:
     op = "paged_append"
     _check_layer(op, pages, scales)
     for name, x in (("k", k), ("v", v)):
@@ -80,6 +80,11 @@ def _check_append(pages, scales, k, v, block_table, lengths) -> None:
     torch._check(k.shape == v.shape, lambda: f"{op}: k and v differ: {k.shape}, {v.shape}")
     _check_integers(op, "block_table", block_table, k.shape[0], 2)
     _check_integers(op, "lengths", lengths, k.shape[0])
+    torch._check(
+        shift is None
+        or (shift.dtype == torch.float32 and shift.shape == (pages.shape[2], pages.shape[4])),
+        lambda: f"{op}: shift must be float32 [kv_heads, D], got {shift.dtype} {shift.shape}",
+    )
 
 
 def _check_attention(q, pages, scales, block_table, lengths, starts, window) -> None:
@@ -106,12 +111,19 @@ def _rows(x: Tensor, pages: Tensor) -> tuple[Tensor, Tensor | None]:
         return x.to(pages.dtype), None
     x = x.float()
     absmax = x.abs().amax(-1)
-    scale = (absmax / torch.full_like(absmax, 127)).half()
-    rounded = scale.float()
-    live = (rounded > 0) & rounded.isfinite()
-    q = (x * torch.where(live, 1 / rounded, 0.0)[..., None]).round().clamp(-127, 127)
-    scale = torch.where(absmax.isfinite(), scale, torch.full_like(scale, math.nan))
-    return torch.where(live[..., None], q, 0.0).to(torch.int8), scale
+    first = (absmax / torch.full_like(absmax, 127)).half()
+    # float16 numbers in order are their bits in order: csrc/attention.h has these candidates.
+    bits = first.view(torch.int16)[..., None] + 4 * torch.arange(16, device=x.device)
+    scales = bits.to(torch.int16).view(torch.float16).float()
+    live = ((first > 0) & first.isfinite())[..., None] & scales.isfinite()
+    inverse = torch.where(live, 1 / scales, 0.0)
+    q = (x[..., None, :] * inverse[..., None]).round().clamp(-127, 127)
+    q = torch.where(live[..., None], q, 0.0)
+    error = (x[..., None, :] - q * scales[..., None]).square().sum(-1)
+    best = torch.where(live, error, math.inf).argmin(-1, keepdim=True)
+    q = q.gather(-2, best[..., None].expand(*best.shape, x.shape[-1])).squeeze(-2)
+    scale = torch.where(absmax.isfinite(), scales.gather(-1, best).squeeze(-1), math.nan)
+    return q.to(torch.int8), scale.half()
 
 
 def _slots(pages: Tensor, block_table: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,8 +133,9 @@ def _slots(pages: Tensor, block_table: Tensor, at: Tensor) -> tuple[Tensor, Tens
     return page.clamp(0, max(len(pages) - 1, 0)), at % size
 
 
-def _append_torch(pages, scales, k, v, block_table, lengths) -> None:
-    _check_append(pages, scales, k, v, block_table, lengths)
+def _append_torch(pages, scales, k, v, block_table, lengths, shift) -> None:
+    _check_append(pages, scales, k, v, block_table, lengths, shift)
+    k = k.float() if shift is None else k.float() - shift
     at = lengths.long()[:, None] + torch.arange(k.shape[1], device=k.device)
     page, place = _slots(pages, block_table, at)
     for part, x in enumerate((k, v)):
@@ -181,8 +194,8 @@ common.register(
 
 
 @torch.library.register_fake("gpu_poor::paged_append")
-def _(pages, scales, k, v, block_table, lengths):
-    _check_append(pages, scales, k, v, block_table, lengths)
+def _(pages, scales, k, v, block_table, lengths, shift):
+    _check_append(pages, scales, k, v, block_table, lengths, shift)
 
 
 @torch.library.register_fake("gpu_poor::paged_attention")
@@ -205,23 +218,27 @@ def paged_append(
     v: Tensor,
     block_table: Tensor,
     lengths: Tensor,
+    shift: Tensor | None = None,
 ) -> None:
     """Store T tokens after the ``lengths`` that each sequence has, in place.
 
     Args:
         pages, scales: of one layer, as above; each page contiguous.
-        k, v: ``[B, T, kv_heads, D]`` of a float dtype, any strides. An int8 row gets the float16
-            scale ``absmax / 127`` and ``q = rint(x / scale)``; one with a NaN or an infinity, or
+        k, v: ``[B, T, kv_heads, D]`` of a float dtype, any strides. An int8 row is
+            ``q = rint(x / scale)``, with the float16 scale of least squared error of 16 between
+            ``absmax / 127`` and 6 % more; one with a NaN or an infinity, or
             too large for float16, makes every attention that sees it NaN.
         block_table: int32 ``[B, max_pages]``, contiguous. lengths: int32 ``[B]``.
+        shift: float32 ``[kv_heads, D]`` that keys are stored less. The softmax does not see it, if
+            all keys of a sequence have it: it takes from all scores of a query the same.
 
     Raises:
         RuntimeError: a shape or dtype, a full block table, or a page that does not exist.
     """
     if isa.uses_torch():
-        _append_torch(pages, scales, k, v, block_table, lengths)
+        _append_torch(pages, scales, k, v, block_table, lengths, shift)
     else:
-        torch.ops.gpu_poor.paged_append(pages, scales, k, v, block_table, lengths)
+        torch.ops.gpu_poor.paged_append(pages, scales, k, v, block_table, lengths, shift)
 
 
 def paged_attention(

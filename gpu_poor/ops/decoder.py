@@ -105,7 +105,7 @@ def _(x, attention, weights, layout, numbers):
 
 
 @torch.library.register_fake("gpu_poor::decoder_step")
-def _(x, weights, layout, numbers, cos, sin, pages, scales, block_table, lengths, starts):
+def _(x, weights, layout, numbers, cos, sin, pages, scales, shift, block_table, lengths, starts):
     _check("decoder_step", x, layout, numbers)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -155,6 +155,7 @@ def decoder_step(
     sin: Tensor | None,
     pages: Tensor,
     scales: Tensor | None,
+    shift: Tensor | None,
     block_table: Tensor,
     lengths: Tensor,
     starts: Tensor | None,
@@ -166,10 +167,11 @@ def decoder_step(
         pages: ``[n, blocks, 2, G, page_size, D]``, each page with what all blocks store of its
             tokens, contiguous. scales: float16 ``[n, blocks, 2, G, page_size]`` of int8 pages. The
             new keys and values are stored in them after ``lengths`` int32 ``[B]``.
+        shift: float32 ``[blocks, G, D]`` that keys are stored less; None: 0.
 
     Returns:
         ``[B, T, E]`` of x's dtype. All arguments are checked before anything is stored.
     """
     return torch.ops.gpu_poor.decoder_step(
-        x, weights, layout, numbers, cos, sin, pages, scales, block_table, lengths, starts
+        x, weights, layout, numbers, cos, sin, pages, scales, shift, block_table, lengths, starts
     )

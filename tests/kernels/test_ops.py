@@ -83,9 +83,9 @@ SAMPLES = {
         (X[:0], torch.eye(30), torch.eye(30), 8, -8, 7, False, True, 1),
     ],
     "paged_append": [
-        (PAGES, SCALES, KV, KV, TABLE, LENGTHS),
-        (PAGES.bfloat16(), None, KV.half(), KV.half(), TABLE, LENGTHS),
-        (PAGES, SCALES, KV[:, :0], KV[:, :0], TABLE, LENGTHS),
+        (PAGES, SCALES, KV, KV, TABLE, LENGTHS, torch.rand(2, 6)),
+        (PAGES.bfloat16(), None, KV.half(), KV.half(), TABLE, LENGTHS, None),
+        (PAGES, SCALES, KV[:, :0], KV[:, :0], TABLE, LENGTHS, None),
     ],
     "paged_attention": [
         (Q, PAGES, SCALES, TABLE, LENGTHS, None, 0.3, 0),
