@@ -187,7 +187,7 @@ def test_calibration_is_worth_it():
         expected = logits(model)
         quantize(model, overrides=BLOCKS, verbose=False, **options)
         errors.append(float((logits(model) - expected).square().mean()))
-    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < 0.8 * errors[0]  # 0.53 to 0.73, by the number of threads and rounding errors
 
 
 def test_the_receipt_says_on_how_much_and_too_little_comes_with_a_warning(recwarn):
