@@ -9,7 +9,7 @@ CONSTRAINTS := torch==2.13.0 ruff==0.17.5
 # The oldest transformers that pyproject.toml claims, installed beside the current one and tested.
 OLDEST_TRANSFORMERS := 5.0.0
 OLDEST := $(VENV)/oldest-$(OLDEST_TRANSFORMERS)
-OLDEST_TESTS := $(addprefix tests/,test_hf.py test_quantize.py test_demo.py)
+OLDEST_TESTS := $(addprefix tests/,test_hf.py test_quantize.py test_demo.py test_kv_cache.py)
 
 C_FILES := $(sort $(wildcard csrc/*.c csrc/*/*.c))
 C_KERNELS := $(filter-out csrc/module.c,$(C_FILES))

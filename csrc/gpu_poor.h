@@ -157,6 +157,43 @@ typedef struct {
     float *scratch;      /* [2 K][16] */
 } gp_gptq;
 
+/* What a decoder block's feed-forward network applies: GP_GELU is exact (erf). */
+typedef enum { GP_SILU, GP_GELU, GP_GELU_TANH, GP_RELU } gp_activation;
+
+/* Keys and values of one layer, in pages of page_size tokens; slot s of a sequence lies in page
+ * table[s / page_size], of which a head's tokens lie together:
+ *     pages[page][k, v][kv_head][slot % page_size][D]      float32, bfloat16, float16 or int8
+ *     scales[page][k, v][kv_head][slot % page_size]        float16, of int8 pages; value = q * scale */
+#define GP_HEAD_DIM_MAX 512
+#define GP_CHUNK 256 /* slots that one call of attend_chunk takes */
+#define GP_PARTIAL(D) ((D) + 2)
+
+typedef struct {
+    gp_dtype type;
+    int64_t kv_heads, D, page_size;
+    void *pages;
+    int64_t page_stride; /* elements from a page to the next: other layers' may lie between */
+    uint16_t *scales;    /* NULL of float pages */
+    int64_t scale_stride;
+} gp_pages;
+
+/* Attention of `rows` query heads, which share kv_head, over slots [begin, end), at most GP_CHUNK of
+ * them. What it leaves of each row is combined with the other chunks' by attend_combine:
+ *     partial[row][0 .. D - 1] = sum over t of w[t] v[t]
+ *     partial[row][D]          = m = max of s[t]
+ *     partial[row][D + 1]      = sum of p[t]
+ * csrc/attention.c fixes the order of every sum, so all instruction sets give the same bits. */
+typedef struct {
+    const gp_pages *pages;
+    const int32_t *table;
+    int64_t kv_head, rows;
+    const float *q; /* [rows][D] */
+    float scale;    /* of the softmax, times log2 e */
+    int64_t begin, end;
+    int64_t limit;  /* slots of the sequence: what may be fetched ahead */
+    float *partial; /* [rows][GP_PARTIAL(D)] */
+} gp_attend;
+
 /* x[M][K] of a Gram matrix comes in panels of so many columns, so that what a tile reads lies together:
  * packed[panel][m][column] floats, or packed[panel][m / 2][column][m % 2] bfloat16; 0 beyond M and K. */
 #define GP_GRAM_WIDTH 48
@@ -200,6 +237,18 @@ typedef struct {
       (const gp_grouped_weight *w, int64_t n, void *y, gp_dtype type))                               \
     X(grouped_quantize_panel, void, (const gp_grouped_quantize *a))                                     \
     X(gptq_panel, void, (const gp_gptq *a))                                                       \
+    /* y[k] = x[k] r weight[k], r = 1 / sqrt(mean of x^2 + eps). y may be x, here and below; in all    \
+     * four a row's bits are the same everywhere. K >= 1. */                                         \
+    X(rms_norm_row, void, (const float *x, const float *weight, float eps, int64_t K, float *y))     \
+    /* y[k] = (x[k] - mean) r weight[k] + bias[k], r = 1 / sqrt(variance + eps); bias or NULL. */     \
+    X(layer_norm_row, void,                                                                          \
+      (const float *x, const float *weight, const float *bias, float eps, int64_t K, float *y))      \
+    /* Rotary embedding of x[n], n even, halves together: x[i] cosine[i] - x[n/2 + i] sine[i] and      \
+     * x[n/2 + i] cosine[n/2 + i] + x[i] sine[n/2 + i]. */                                           \
+    X(rotary_row, void, (float *x, const float *cosine, const float *sine, int64_t n))               \
+    /* y[i] = f(x[i]) up[i], or f(x[i]) without up. |error of f| <= 3e-7 |x| (and 1e-37). */         \
+    X(activate_row, void,                                                                            \
+      (gp_activation kind, const float *x, const float *up, int64_t n, float *y))                    \
     /* Columns [k0, k1) of x[M][K]: largest magnitude, smallest, largest, sum of squares.         \
      * NaN propagates. M >= 1. */                                                                 \
     X(channel_stats, void,                                                                        \
@@ -211,7 +260,15 @@ typedef struct {
       (const float *packed, int64_t M, int64_t K, int64_t p0, int64_t p1, float *acc))            \
     /* The same of bfloat16 pairs; products are exact, sums of two may round subnormals to 0. */    \
     X(gram_pairs, void,                                                                           \
-      (const uint16_t *packed, int64_t M, int64_t K, int64_t p0, int64_t p1, float *acc))
+      (const uint16_t *packed, int64_t M, int64_t K, int64_t p0, int64_t p1, float *acc))                 \
+    /* One head's key or value x[D] as pages hold it. Returns the scale of int8 as float16, of the  \
+     * least squared error among 16: csrc/attention.c. 0 and zeros where absmax / 127 rounds to 0,  \
+     * NaN or infinity and zeros where that is what it is. */                                       \
+    X(page_store_row, uint16_t, (const float *x, int64_t D, gp_dtype type, void *y))              \
+    X(attend_chunk, void, (const gp_attend *a))                                                   \
+    /* out[D] from n >= 0 partials of a row, `stride` floats apart, in their order; zeros if n = 0. */ \
+    X(attend_combine, void,                                                                       \
+      (const float *partial, int64_t n, int64_t stride, int64_t D, float *out))
 
 typedef struct {
     const char *name; /* the ISA: ref, avx2, avx512_vnni, amx */

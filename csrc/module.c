@@ -45,11 +45,34 @@ static PyObject *kernels(PyObject *self, PyObject *unused)
     return table;
 }
 
+/* Whether mappings[i].get(keys[i]) is values[i] for all i. What fused blocks ask on every call, of some
+ * hundred places: ten times as fast as the same in Python. */
+static PyObject *unchanged(PyObject *self, PyObject *args)
+{
+    (void)self;
+    PyObject *mappings, *keys, *values;
+    if (!PyArg_ParseTuple(args, "O!O!O!:unchanged", &PyList_Type, &mappings, &PyList_Type, &keys,
+                          &PyList_Type, &values))
+        return NULL;
+    const Py_ssize_t n = PyList_Size(mappings);
+    if (PyList_Size(keys) != n || PyList_Size(values) != n)
+        return PyErr_Format(PyExc_ValueError, "unchanged takes three lists of one length");
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *mapping = PyList_GetItem(mappings, i), *value = PyList_GetItem(values, i);
+        if (!PyDict_Check(mapping)) return PyErr_Format(PyExc_TypeError, "mappings must be dicts");
+        PyObject *found = PyDict_GetItemWithError(mapping, PyList_GetItem(keys, i));
+        if (!found && PyErr_Occurred()) return NULL;
+        if ((found ? found : Py_None) != value) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+}
+
 static PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Name of the fastest implementation in use."},
     {"set_isa", set_isa, METH_O, "Use nothing faster than the named implementation."},
     {"available", available, METH_NOARGS, "Implementations this CPU can run, slowest first."},
     {"kernels", kernels, METH_NOARGS, "For each kernel the implementation that serves it."},
+    {"unchanged", unchanged, METH_VARARGS, "Whether mappings[i].get(keys[i]) is values[i] for all i."},
     {NULL, NULL, 0, NULL},
 };
 

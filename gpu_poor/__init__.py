@@ -13,6 +13,7 @@ import importlib.metadata as _metadata
 from contextlib import contextmanager as _contextmanager
 
 from gpu_poor import hf_hook, isa, memory, nn, ops
+from gpu_poor.fusion import explain, fuse, unfuse
 from gpu_poor.hybrid import make_it_work_hybrid
 from gpu_poor.memory_plan import MemoryPlan
 from gpu_poor.planner import plan, plan_memory
@@ -35,7 +36,9 @@ __all__ = [
     "assets",
     "dequantize",
     "evaluate",
+    "explain",
     "export",
+    "fuse",
     "isa",
     "load",
     "make_it_work_hybrid",
@@ -48,6 +51,7 @@ __all__ = [
     "profile",
     "quantize",
     "receipt",
+    "unfuse",
 ]
 
 #: Public names whose module is imported on first use: hf needs transformers.

@@ -31,6 +31,7 @@ from gpu_poor import hf_data, memory, ops
 from gpu_poor.files import is_missing
 from gpu_poor.folds import smooth
 from gpu_poor.formats import FORMATS
+from gpu_poor.fusion import fuse
 from gpu_poor.hf_data import Data
 from gpu_poor.hf_load import (
     IGNORED,
@@ -332,7 +333,7 @@ class GpuPoorQuantizer(HfQuantizer):
             restore(model, self.quantization_config.receipt)
         memory.trim()
         _attach(model, self)
-        return model
+        return fuse(model)
 
     def _restore_shared_scales(self, model) -> None:
         """Tied modules share a scale again, and modules that are not get their own back.

@@ -42,6 +42,9 @@ def kernels() -> dict[str, str]:
     return dict.fromkeys(_C.kernels(), TORCH) if _force_torch else _C.kernels()
 
 
+unchanged = _C.unchanged
+
+
 def uses_torch() -> bool:
     """True while the plain torch path is forced."""
     return _force_torch

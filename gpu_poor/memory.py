@@ -7,6 +7,7 @@ anonymous ones (RssAnon), so a figure of memory names which of the two it means.
 import ctypes
 import math
 import mmap
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from gpu_poor.nn import QuantizedEmbedding, QuantizedExperts, QuantizedModule, kind_of
+
+#: What a unit of bytes stands for.
+UNITS = {"B": 1} | {
+    f"{letter}{i}B": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for i, base in (("", 1000), ("i", 1024))
+}
+#: Of sizes, in bytes: what is reckoned with fits 64 bits.
+LARGEST = 2**62
 
 #: The classes of :func:`by_class`, in the order of a receipt.
 CLASSES = ("linear", "embedding", "shared lm_head", "experts", "other")
@@ -106,6 +116,62 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
     return () if kind is None else kind.weights_of(module)
 
 
+def size_of(text: str, units: dict[str, float] = UNITS) -> float | None:
+    """ "500 MB" as bytes; None if that is not a number and one of the units, in any case."""
+    parts = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]+|%)\s*", text)
+    factors = {name.upper(): factor for name, factor in units.items()}
+    if parts is None or parts[2].upper() not in factors:
+        return None
+    return float(parts[1]) * factors[parts[2].upper()]
+
+
+def available() -> int:
+    """Bytes that can be allocated without swapping: of the system, and of our memory cgroups.
+
+    Of a cgroup (v1 or v2, any of its parents) the limit less what is used, files that could be
+    dropped not counted. Linux only.
+
+    Raises:
+        OSError: no ``/proc/meminfo`` on this system.
+    """
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return min([int(found[1]) * 1024, *_cgroup_rooms(Path("/proc/self/cgroup"))])
+
+
+#: Of memory cgroups: where they are mounted, the limit, and what is used.
+_CGROUPS = {
+    "": (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    "memory": (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+    ),
+}
+
+
+def _cgroup_rooms(membership: Path) -> Iterator[int]:
+    """Limit less use of each memory cgroup that this process is in; none that has no limit."""
+    lines = membership.read_text().splitlines() if membership.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        for kind in set(controllers.split(",")) & _CGROUPS.keys():
+            mount, limit_name, used_name = _CGROUPS[kind]
+            group = mount / path.lstrip("/")
+            # In a container our path may be the host's, which isn't mounted: its root is ours then.
+            for folder in (group, *group.parents):
+                try:
+                    limit = (folder / limit_name).read_text().strip()
+                    used = int((folder / used_name).read_text())
+                    stat = (folder / "memory.stat").read_text()
+                except (OSError, ValueError):
+                    continue
+                files = re.findall(r"^(?:total_)?inactive_file (\d+)$", stat, re.M)
+                if limit.isdigit():  # not "max"
+                    yield max(0, int(limit) - used + max(map(int, files), default=0))
+                if folder == mount:
+                    break
+
+
 def rss() -> dict[str, int]:
     """Resident bytes of this process: ``{"anon": ..., "file": ..., "peak": ...}``.
 
@@ -137,6 +203,17 @@ def _mapped_files() -> Ranges:
         return []
     found = (_file_range(line) for line in maps.read_text().splitlines())
     return [each for each in found if each is not None]
+
+
+def prefer_huge_pages(tensor: Tensor) -> None:
+    """Ask for pages of 2 MB where a tensor's memory is first written; no more than a wish."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
 
 
 def _unwritten_files() -> Ranges:
@@ -299,30 +376,39 @@ LAYER_TYPES = {
 
 
 def kv_cache_bytes(model: nn.Module, context: int) -> int:
-    """Bytes of the keys and values of one sequence of ``context`` tokens, in the model's dtype.
+    """Bytes of the keys and values of one sequence of ``context`` tokens.
 
-    By formula from the config of a transformers model: layers x 2 x heads of keys x their size x
-    tokens kept x itemsize; a layer with a sliding window keeps no more than that.
+    Of a model with a paged cache, whole pages of it. Else by formula from the config of a
+    transformers model: layers x 2 x heads of keys x their size x tokens kept x itemsize of the
+    model's dtype; a layer with a sliding window keeps no more than that.
 
     Raises:
         ValueError: there is no config, or no formula for its layers.
     """
+    pool = getattr(model, "_gp_kv_pool", None)
+    if pool is not None:
+        return pool.bytes_of(context)
     config = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise ValueError(f"{type(model).__name__} has no config: the KV cache cannot be counted")
     config = config.get_text_config(decoder=True)
+    kv_heads, head_dim = kv_shape(config)
+    token = 2 * kv_heads * head_dim * model.dtype.itemsize
+    return token * sum(_tokens_kept(config, context))
+
+
+def kv_shape(config) -> tuple[int, int]:
+    """Heads of the keys and values of each layer, and their size, from a text model's config."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if config.model_type == "falcon":  # another name, and another rule
         grouped = config.new_decoder_architecture
         kv_heads = config.num_kv_heads if grouped or not config.multi_query else 1
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    token = 2 * kv_heads * head_dim * model.dtype.itemsize
-    return token * sum(_tokens_kept(config, context))
+    return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
-def _tokens_kept(config, context: int) -> list[int]:
-    """How many of ``context`` tokens each layer keeps.
+def layer_windows(config) -> list[tuple[str, int | None]]:
+    """Of each layer its kind in :data:`LAYER_TYPES`, and how many tokens it sees; None: all.
 
     Raises:
         ValueError: what a layer keeps is not its keys and values of tokens.
@@ -339,4 +425,9 @@ def _tokens_kept(config, context: int) -> list[int]:
     limits = {
         kind: LAYER_TYPES[kind] and getattr(config, LAYER_TYPES[kind]) for kind in layer_types
     }
-    return [min(context, limits[kind] or context) for kind in layer_types]
+    return [(kind, limits[kind]) for kind in layer_types]
+
+
+def _tokens_kept(config, context: int) -> list[int]:
+    """How many of ``context`` tokens each layer keeps."""
+    return [min(context, limit or context) for _, limit in layer_windows(config)]

@@ -9,7 +9,6 @@ what they cost (gpu_poor/sensitivity.py) is the least that fits (gpu_poor/knapsa
 
 import glob
 import math
-import re
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
@@ -30,14 +29,6 @@ from gpu_poor.strategies import Strategies, recipe
 
 #: Of sample_inputs, tokens that are looked at: more change predictions by a few per cent.
 N_TOKENS = 4096
-#: Of targets, in bytes: what is reckoned with fits 64 bits.
-LARGEST = 2**62
-#: What a unit of bytes stands for; "%" is of the original.
-UNITS = {"B": 1} | {
-    f"{letter}{i}B": base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for i, base in (("", 1000), ("i", 1024))
-}
 
 
 def plan(
@@ -166,12 +157,8 @@ def parse_target(memory_target: float | int | str, original: int) -> int:
     """
     value, known = memory_target, True
     if isinstance(value, str):
-        units_of = {name.upper(): n_bytes for name, n_bytes in UNITS.items()} | {
-            "%": original / 100
-        }
-        parts = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]+|%)\s*", value)
-        known = parts is not None and parts[2].upper() in units_of
-        value = float(parts[1]) * units_of[parts[2].upper()] if known else 0
+        value = memory.size_of(value, memory.UNITS | {"%": original / 100})
+        known = value is not None
     elif isinstance(value, bool) or not isinstance(value, Real):
         known = False
     elif not isinstance(value, Integral):
@@ -184,8 +171,10 @@ def parse_target(memory_target: float | int | str, original: int) -> int:
         )
     if value < 1:
         raise ValueError(f"memory_target must be above 0, got {memory_target!r}")
-    if value > LARGEST:
-        raise ValueError(f"memory_target must be at most {LARGEST} bytes: give what there is")
+    if value > memory.LARGEST:
+        raise ValueError(
+            f"memory_target must be at most {memory.LARGEST} bytes: give what there is"
+        )
     return int(value)
 
 

@@ -16,6 +16,8 @@ from gpu_poor import memory, ops
 from gpu_poor.calibrate import CALIBRATION_LENGTH, calibrate
 from gpu_poor.folds import Decided, smooth
 from gpu_poor.formats import Format
+from gpu_poor.fusion import fuse as fuse_blocks
+from gpu_poor.fusion import unfuse
 from gpu_poor.metrics_input import Text
 from gpu_poor.modules import not_finite, put
 from gpu_poor.nn import QuantizedModule
@@ -60,6 +62,7 @@ def quantize(
     activation: str = "a16",
     critical_layers: Patterns = None,
     allow_partial: bool = False,
+    fuse: bool = True,
     progress: bool | None = None,
     verbose: bool = True,
 ) -> nn.Module:
@@ -98,6 +101,7 @@ def quantize(
         activation: "a16" (default), "a8" or "a32": how activations enter the integer products.
         critical_layers: patterns of modules to keep in float, or "first" for the first block.
         allow_partial: accept a model of which much stays in float.
+        fuse: let the decoder blocks of known families run as fused C calls (gpu_poor.fuse).
         progress: show a bar; None shows it on a terminal when the work takes more than a second.
         verbose: print the receipt.
 
@@ -152,6 +156,8 @@ def quantize(
         if _is_transformers_model(model):
             hf.keep_receipt(model, receipt)
         model.gpu_poor_receipt = receipt
+    if fuse:
+        fuse_blocks(model)
     del plan, quantized, done  # the last reference to the float weights
     with suppress(Exception):  # memory that is not given back is no reason to fail now
         memory.leave_files(model)
@@ -195,6 +201,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Args:
         dtype: of the weights; by default the one the module answers in.
     """
+    unfuse(model)
     shared: dict[tuple, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantizedModule):

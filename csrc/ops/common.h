@@ -22,8 +22,7 @@
 #include <vector>
 
 #include "gpu_poor.h"
-
-#include "gpu_poor.h"
+#include "ops/stall.h"
 
 namespace gpu_poor {
 
@@ -78,29 +77,45 @@ void parallel(int64_t n, int64_t unit, double bytes_per_item, const F &f)
         if (n > 0) f(0, n);
         return;
     }
-    torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    const auto run = [&](int64_t begin, int64_t end) {
         f(begin * unit, end * unit < n ? end * unit : n);
+    };
+    if (Stalls::alone()) {
+        run(0, units);
+        return;
+    }
+    Stalls::Region region;
+    torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+        run(begin, end);
+        region.share_done();
     });
 }
 
 /* Memory for one call's temporaries, kept by the calling thread: a fresh large block each time
- * would cost a page fault per 4 KB. Parts are 64-byte aligned. */
+ * would cost a page fault per 4 KB. Parts are 64-byte aligned. Nests: what is made last goes first. */
 class Scratch {
   public:
     explicit Scratch(size_t bytes)
     {
-        if (buffer_.size < bytes + 64) {
-            buffer_.data.reset(new char[bytes + 64]);
-            buffer_.size = bytes + 64;
+        if (depth_ == buffers_.size()) buffers_.emplace_back();
+        Buffer &buffer = buffers_[depth_];
+        if (buffer.size < bytes + 64) {
+            buffer.size = 0;
+            buffer.data.reset(new char[bytes + 64]);
+            buffer.size = bytes + 64;
         }
+        depth_++;
         next_ = reinterpret_cast<char *>(
-            (reinterpret_cast<uintptr_t>(buffer_.data.get()) + 63) & ~uintptr_t{63});
+            (reinterpret_cast<uintptr_t>(buffer.data.get()) + 63) & ~uintptr_t{63});
     }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
     ~Scratch()
     {
-        if (buffer_.size > kKeep) {
-            buffer_.data.reset();
-            buffer_.size = 0;
+        Buffer &buffer = buffers_[--depth_];
+        if (buffer.size > kKeep) {
+            buffer.data.reset();
+            buffer.size = 0;
         }
     }
     template <class T>
@@ -122,12 +137,31 @@ class Scratch {
         std::unique_ptr<char[]> data;
         size_t size = 0;
     };
-    static thread_local Buffer buffer_;
+    static thread_local std::vector<Buffer> buffers_; /* by depth */
+    static thread_local size_t depth_;
     char *next_;
 };
-inline thread_local Scratch::Buffer Scratch::buffer_;
+inline thread_local std::vector<Scratch::Buffer> Scratch::buffers_;
+inline thread_local size_t Scratch::depth_ = 0;
+
+/* An array in scratch memory. */
+template <class T>
+class Temporary {
+  public:
+    explicit Temporary(int64_t count)
+        : scratch_(Scratch::bytes<T>(count)), data_(scratch_.take<T>(count))
+    {
+    }
+    T *get() const { return data_; }
+    operator T *() const { return data_; }
+
+  private:
+    Scratch scratch_;
+    T *data_;
+};
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
 /* Row numbers of an embedding, each within [0, N). */
 class Indices {
   public:
@@ -155,17 +189,17 @@ class Indices {
     bool wide_;
 };
 
-/* The bias [N] of a linear as float32. */
-struct Bias {
+/* A vector [N], the bias of a linear or another, as float32; nullptr if there is none. */
+struct Floats {
     const float *data = nullptr;
 
-    Bias(const char *op, const std::optional<Tensor> &bias, int64_t N)
+    Floats() = default;
+    Floats(const char *op, const char *name, const Tensor &t, int64_t N)
     {
-        if (!bias) return;
-        STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, op,
-                        ": bias must be [N] with N = ", N, ", got ", shape_of(*bias));
-        gp_dtype type = float_type(bias->scalar_type(), op, "bias");
-        dense_ = dense(*bias);
+        STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == N, op, ": ", name,
+                        " must be [N] with N = ", N, ", got ", shape_of(t));
+        gp_dtype type = float_type(t.scalar_type(), op, name);
+        dense_ = dense(t);
         data = static_cast<const float *>(dense_->data_ptr());
         if (type == GP_F32) return;
         converted_.reset(new float[static_cast<size_t>(N)]);
@@ -177,6 +211,11 @@ struct Bias {
     std::optional<Tensor> dense_;
     std::unique_ptr<float[]> converted_;
 };
+
+inline Floats bias_of(const char *op, const std::optional<Tensor> &bias, int64_t N)
+{
+    return bias ? Floats(op, "bias", *bias, N) : Floats();
+}
 
 } // namespace gpu_poor
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * Operators of grouped weights: quantize, dequantize, gather, linear. */
-#include "ops/weights.h"
+#include "ops/linear.h"
 
 namespace {
 
@@ -85,24 +85,6 @@ Tensor grouped_dequantize(const Tensor &weight, const Tensor &scale, int64_t gro
     grouped_rows(grouped_weight(w, s, group, K), N, type, y.data_ptr(), [](int64_t i) { return i; });
     return y;
 }
-void grouped_integer_linear(const Tensor &x, gp_dtype type, gp_grouped_linear a)
-{
-    const int64_t K = a.w.K, rows = a.M * a.planes, groups = (K + a.w.group - 1) / a.w.group;
-    Scratch scratch(Scratch::bytes<int8_t>(rows * a.K_pad) + Scratch::bytes<float>(a.M) +
-                    Scratch::bytes<int32_t>(rows) + Scratch::bytes<int32_t>(a.M * groups));
-    int8_t *q = scratch.take<int8_t>(rows * a.K_pad);
-    float *scale = scratch.take<float>(a.M);
-    int32_t *sum = scratch.take<int32_t>(rows), *group_sums = scratch.take<int32_t>(a.M * groups);
-    a.x = q, a.x_scale = scale, a.x_sum = group_sums;
-    quantize_tokens(x, type, a.M, K, a.K_pad, a.planes, q, scale, sum,
-                    [&](int64_t begin, int64_t end) {
-                        for (int64_t m = begin; m < end; m++)
-                            gp.grouped_sum_groups(q + m * a.planes * a.K_pad, K, a.K_pad, a.planes,
-                                               a.w.group, group_sums + m * groups);
-                    });
-    parallel(panels_of(a.N), 1, 2.0 * a.w.bits * row_cost(K, rows),
-             [&](int64_t begin, int64_t end) { gp.grouped_linear(&a, begin, end); });
-}
 
 Tensor grouped_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale,
                    const std::optional<Tensor> &bias, int64_t group, int64_t N,
@@ -116,24 +98,12 @@ Tensor grouped_linear(const Tensor &x_in, const Tensor &weight, const Tensor &sc
     gp_dtype type = float_type(x_in.scalar_type(), op, "x");
     Tensor x = dense(x_in), w = dense(weight), s = dense(scale);
     std::vector<int64_t> sizes = leading(x);
-    const int64_t M = product(sizes), K_pad = round_up(K, GP_K_ALIGN);
+    const int64_t M = product(sizes);
     sizes.push_back(N);
     Tensor y = new_tensor(sizes, x.scalar_type());
-    const Bias b(op, bias, N);
-    if (M == 0 || N == 0) return y;
-    const gp_grouped_weight panels = grouped_weight(w, s, group, K);
-    if (activation_bits == 32) {
-        Scratch scratch(Scratch::bytes<float>(M * K_pad));
-        const float *rows = float_rows(x, type, M, K, K_pad, scratch);
-        const gp_grouped_float_linear a = {M, N, K_pad, rows, panels, b.data, y.data_ptr(), type};
-        parallel(panels_of(N), 1, 2.0 * panels.bits * row_cost(K, 4 * M),
-                 [&](int64_t begin, int64_t end) { gp.grouped_float_linear(&a, begin, end); });
-    } else {
-        /* Not 4096 bytes from row to row: a tile of 16 or 32 would fall into the same few sets of L1. */
-        const int64_t stride = K_pad | GP_K_ALIGN;
-        grouped_integer_linear(x, type, {M, N, stride, activation_bits == 8 ? 1 : 2, nullptr, nullptr,
-                                      nullptr, panels, b.data, y.data_ptr(), type});
-    }
+    const Floats b = bias_of(op, bias, N);
+    apply(grouped_panels(w, s, group, N, K, b.data, activation_bits), x.data_ptr(), type, M,
+          y.data_ptr());
     return y;
 }
 

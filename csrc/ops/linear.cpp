@@ -1,89 +1,186 @@
 /* SPDX-License-Identifier: MIT
- * Linear operators of weights stored by rows: int8, bfloat16, float16. */
-#include "ops/weights.h"
+ * Linears: the body of every one, and the operators of weights stored by rows: int8, bfloat16, float16. */
+#include "ops/linear.h"
+
+namespace gpu_poor {
+
+Inputs::Inputs(const void *x, gp_dtype type, int64_t M, int64_t K,
+               std::initializer_list<const Linear *> readers)
+    : x_(static_cast<const char *>(x)), type_(type), M_(M), K_(K)
+{
+    size_t total = 0;
+    for (const Linear *linear : readers) {
+        if (linear->N == 0) continue;
+        int i = 0;
+        while (i < n_forms_ && !fits(forms_[i], *linear)) i++;
+        if (i == n_forms_) {
+            STD_TORCH_CHECK(i < kForms, "linears that read the same tokens in ", kForms + 1, " forms");
+            Form &form = forms_[n_forms_++];
+            form = {};
+            form.planes = linear->planes;
+            form.group = linear->planes && linear->grouped ? linear->panels.group : 0;
+            form.groups = form.group ? (K + form.group - 1) / form.group : 0;
+            form.input_scale = linear->input_scale;
+            form.K_pad = round_up(K, GP_K_ALIGN);
+            form.in_place = !form.planes && type == GP_F32 && K == form.K_pad && !form.input_scale;
+            /* Not 4096 bytes from row to row: a tile of 16 or 32 would fall into the same few sets of L1. */
+            if (form.group) form.K_pad |= GP_K_ALIGN;
+        }
+        /* int8_linear is faster on packed tokens if they are many; a grouped one has no use for them. */
+        forms_[i].pack |= linear->planes && !linear->grouped && linear->N >= 16 && gp.pack_min_rows &&
+                          M * linear->planes >= gp.pack_min_rows;
+    }
+    for (int i = 0; i < n_forms_; i++) total += bytes(forms_[i]);
+    scratch_.emplace(total);
+    for (int i = 0; i < n_forms_; i++) {
+        Form &form = forms_[i];
+        if (!form.planes) {
+            form.rows = form.in_place ? static_cast<const float *>(x) : scratch_->take<float>(M * form.K_pad);
+            continue;
+        }
+        form.q = scratch_->take<int8_t>(M * form.planes * form.K_pad);
+        form.scale = scratch_->take<float>(M);
+        form.sum = scratch_->take<int32_t>(M * form.planes);
+        form.group_sums = scratch_->take<int32_t>(M * form.groups);
+        if (form.pack) form.packed = scratch_->take<int8_t>(round_up(M, 16) * form.planes * form.K_pad);
+    }
+}
+
+size_t Inputs::bytes(const Form &form) const
+{
+    if (!form.planes) return form.in_place ? 0 : Scratch::bytes<float>(M_ * form.K_pad);
+    return Scratch::bytes<int8_t>(M_ * form.planes * form.K_pad) + Scratch::bytes<float>(M_) +
+           Scratch::bytes<int32_t>(M_ * form.planes) + Scratch::bytes<int32_t>(M_ * form.groups) +
+           (form.pack ? Scratch::bytes<int8_t>(round_up(M_, 16) * form.planes * form.K_pad) : 0);
+}
+
+void Inputs::prepare(int64_t begin, int64_t end) const
+{
+    for (int i = 0; i < n_forms_; i++) prepare(forms_[i], begin, end);
+}
+
+void Inputs::prepare(const Form &form, int64_t begin, int64_t end) const
+{
+    if (form.in_place) return;
+    const int64_t row_bytes = K_ * gp_size(type_), K_pad = form.K_pad;
+    const size_t tail = static_cast<size_t>(K_pad - K_);
+    const Temporary<float> scaled(form.input_scale && form.planes ? K_ : 0);
+    for (int64_t m = begin; m < end; m++) {
+        const char *x = x_ + m * row_bytes;
+        gp_dtype type = type_;
+        float *floats = form.planes ? scaled.get() : const_cast<float *>(form.rows) + m * K_pad;
+        if (!form.planes || form.input_scale) gp.to_float_row(x, type, K_, floats);
+        if (form.input_scale) {
+            for (int64_t k = 0; k < K_; k++) floats[k] *= form.input_scale[k];
+            x = reinterpret_cast<const char *>(floats), type = GP_F32;
+        }
+        if (!form.planes) {
+            std::memset(floats + K_, 0, tail * 4);
+            continue;
+        }
+        int8_t *row = form.q + m * form.planes * form.K_pad;
+        form.scale[m] = gp.int8_quantize_row(x, type, K_, form.planes, row, K_pad,
+                                             form.sum + m * form.planes);
+        for (int p = 0; tail && p < form.planes; p++) std::memset(row + p * K_pad + K_, 0, tail);
+        if (form.groups)
+            gp.grouped_sum_groups(row, K_, K_pad, form.planes, form.group,
+                                  form.group_sums + m * form.groups);
+    }
+    if (!form.pack) return;
+    const gp_int8_linear a = integers(form);
+    for (int64_t b = begin / 16; b < (end + 15) / 16; b++)
+        gp.int8_pack(&a, b, form.packed + b * 16 * form.planes * form.K_pad);
+}
+
+/* The sum of a token's x, as its products are: each plane a float, 254 h + l. */
+float Inputs::token_sum(const Form &form, int64_t m) const
+{
+    if (!form.planes) {
+        double sum = 0;
+        for (int64_t k = 0; k < K_; k++) sum += form.rows[m * form.K_pad + k];
+        return static_cast<float>(sum);
+    }
+    const float high = static_cast<float>(form.sum[m * form.planes]);
+    if (form.planes == 1) return high * form.scale[m];
+    return (254.0f * high + static_cast<float>(form.sum[m * form.planes + 1])) * form.scale[m];
+}
+
+void Inputs::run(const Linear &linear, void *y, gp_dtype type, int64_t n0, int64_t n1, float *t) const
+{
+    const Form &form = this->form(linear);
+    const int64_t N = linear.N, p0 = n0 / GP_PANEL_ROWS, p1 = panels_of(n1);
+    void *out = linear.offset && type != GP_F32 ? t : y;
+    const gp_dtype out_type = linear.offset ? GP_F32 : type;
+    if (linear.grouped && form.planes) {
+        const gp_grouped_linear a = {M_, N, form.K_pad, form.planes, form.q, form.group_sums, form.scale,
+                                     linear.panels, linear.bias, out, out_type};
+        gp.grouped_linear(&a, p0, p1);
+    } else if (linear.grouped) {
+        const gp_grouped_float_linear a = {M_, N, form.K_pad, form.rows, linear.panels, linear.bias, out,
+                                           out_type};
+        gp.grouped_float_linear(&a, p0, p1);
+    } else if (form.planes) {
+        gp_int8_linear a = integers(form);
+        a.N = N, a.w = static_cast<const int8_t *>(linear.rows), a.w_scale = linear.scale;
+        a.bias = linear.bias, a.y = out, a.y_type = out_type;
+        if (N < 16) a.x_packed = nullptr;
+        gp.int8_linear(&a, n0, n1);
+    } else {
+        const gp_float_linear a = {M_, N, K_, form.K_pad, form.rows, linear.rows, linear.row_type,
+                                   linear.scale, linear.bias, out, out_type};
+        gp.float_linear(&a, n0, n1);
+    }
+    if (!linear.offset) return;
+    for (int64_t m = 0; m < M_; m++)
+        gp.add_offsets(static_cast<const float *>(out) + m * N + n0, token_sum(form, m),
+                       linear.offset + n0, n1 - n0, static_cast<char *>(y) + (m * N + n0) * gp_size(type),
+                       type);
+}
+
+void apply(const Linear &linear, const void *x, gp_dtype type, int64_t M, void *y)
+{
+    if (M == 0 || linear.N == 0) return;
+    const Inputs inputs(x, type, M, linear.K, {&linear});
+    inputs.prepare();
+    const Temporary<float> t(linear.offset && type != GP_F32 ? M * linear.N : 0);
+    parallel(linear.N, linear.unit(), linear.cost(M),
+             [&](int64_t begin, int64_t end) { inputs.run(linear, y, type, begin, end, t); });
+}
+
+void apply(std::initializer_list<Job> jobs, int64_t M)
+{
+    const auto units = [](const Job &job) {
+        return static_cast<double>((job.linear->N + job.linear->unit() - 1) / job.linear->unit());
+    };
+    const auto unit_cost = [&](const Job &job) {
+        return (1 + job.linear->cost(M)) * static_cast<double>(job.linear->unit());
+    };
+    double total = 0;
+    for (const Job &job : jobs) total += units(job) * unit_cost(job);
+    const int64_t threads = torch::stable::get_num_threads();
+    parallel(threads, 1, total / static_cast<double>(threads), [&](int64_t begin, int64_t end) {
+        double before = 0; /* what the jobs before this one cost */
+        for (const Job &job : jobs) {
+            const int64_t N = job.linear->N, unit = job.linear->unit();
+            /* The first unit that belongs to share i of all: neighbours round the same number. */
+            const auto border = [&](int64_t i) {
+                if (i == threads) return N;
+                const double at = (total * static_cast<double>(i) / static_cast<double>(threads) - before) /
+                                  unit_cost(job);
+                return std::min(static_cast<int64_t>(std::max(at, 0.0)) * unit, N);
+            };
+            const int64_t n0 = border(begin), n1 = border(end);
+            if (n0 < n1) job.inputs->run(*job.linear, job.y, GP_F32, n0, n1, nullptr);
+            before += units(job) * unit_cost(job);
+        }
+    });
+}
+
+} // namespace gpu_poor
 
 namespace {
 
 using namespace gpu_poor;
-
-/* What an offset for each weight row adds to an int8 linear: y[m][n] += u[m] * offset[n], u being the
- * sum of the token's x. The linear itself leaves float32, in y or in scratch, for one rounding. */
-class Offsets {
-  public:
-    template <class A>
-    Offsets(const float *offset, A &a, Scratch &scratch)
-        : offset_(offset), y_(a.y), type_(a.y_type), M_(a.M), N_(a.N)
-    {
-        if (!offset_) return;
-        if (type_ != GP_F32) a.y = scratch.take<float>(M_ * N_);
-        a.y_type = GP_F32;
-        t_ = static_cast<const float *>(a.y);
-    }
-    static size_t bytes(const float *offset, int64_t count, gp_dtype type)
-    {
-        return offset && type != GP_F32 ? Scratch::bytes<float>(count) : 0;
-    }
-    template <class F>
-    void add(const F &u) const
-    {
-        if (!offset_) return;
-        char *y = static_cast<char *>(y_);
-        parallel(M_, 1, 8.0 * static_cast<double>(N_), [&](int64_t begin, int64_t end) {
-            for (int64_t m = begin; m < end; m++)
-                gp.add_offsets(t_ + m * N_, u(m), offset_, N_, y + m * N_ * gp_size(type_), type_);
-        });
-    }
-
-  private:
-    const float *offset_, *t_ = nullptr;
-    void *y_;
-    gp_dtype type_;
-    int64_t M_, N_;
-};
-
-void float_linear(const Tensor &x, gp_dtype type, gp_float_linear a, const float *offset)
-{
-    Scratch scratch(Scratch::bytes<float>(a.M * a.K_pad) +
-                    Offsets::bytes(offset, a.M * a.N, a.y_type));
-    a.x = float_rows(x, type, a.M, a.K, a.K_pad, scratch);
-    const Offsets offsets(offset, a, scratch);
-    parallel(a.N, 4, row_cost(a.K, 4 * a.M),
-             [&](int64_t begin, int64_t end) { gp.float_linear(&a, begin, end); });
-    offsets.add([&](int64_t m) {
-        double sum = 0;
-        for (int64_t k = 0; k < a.K; k++) sum += a.x[m * a.K_pad + k];
-        return static_cast<float>(sum);
-    });
-}
-
-void integer_linear(const Tensor &x, gp_dtype type, gp_int8_linear a, const float *offset)
-{
-    const int64_t rows = a.M * a.planes, blocks = (a.M + 15) / 16;
-    const bool pack = gp.pack_min_rows && rows >= gp.pack_min_rows && a.N >= 16;
-    const int64_t packed_bytes = pack ? blocks * 16 * a.planes * a.K_pad : 0;
-    Scratch scratch(Scratch::bytes<int8_t>(rows * a.K_pad) + Scratch::bytes<float>(a.M) +
-                    Scratch::bytes<int32_t>(rows) + Scratch::bytes<int8_t>(packed_bytes) +
-                    Offsets::bytes(offset, a.M * a.N, a.y_type));
-    int8_t *q = scratch.take<int8_t>(rows * a.K_pad);
-    float *scale = scratch.take<float>(a.M);
-    int32_t *sum = scratch.take<int32_t>(rows);
-    int8_t *packed = scratch.take<int8_t>(packed_bytes);
-    a.x = q, a.x_scale = scale, a.x_sum = sum, a.x_packed = pack ? packed : nullptr;
-    const Offsets offsets(offset, a, scratch);
-    quantize_tokens(x, type, a.M, a.K, a.K_pad, a.planes, q, scale, sum,
-                    [&](int64_t begin, int64_t end) {
-                        if (pack)
-                            for (int64_t b = begin / 16; b < (end + 15) / 16; b++)
-                                gp.int8_pack(&a, b, packed + b * 16 * a.planes * a.K_pad);
-                    });
-    parallel(a.N, 32, row_cost(a.K, rows),
-             [&](int64_t begin, int64_t end) { gp.int8_linear(&a, begin, end); });
-    offsets.add([&](int64_t m) { /* as the products: each plane a float, 254 h + l */
-        const float high = static_cast<float>(sum[m * a.planes]);
-        if (a.planes == 1) return high * scale[m];
-        return (254.0f * high + static_cast<float>(sum[m * a.planes + 1])) * scale[m];
-    });
-}
 
 Tensor int8_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale,
                    const std::optional<Tensor> &bias, int64_t activation_bits)
@@ -94,29 +191,13 @@ Tensor int8_linear(const Tensor &x_in, const Tensor &weight, const Tensor &scale
                     shape_of(weight));
     check_linear("int8_linear", x_in, activation_bits);
     gp_dtype type = float_type(x_in.scalar_type(), "int8_linear", "x");
-    const int64_t N = weight.size(0), K = weight.size(1);
     Tensor x = dense(x_in), w = dense(weight), s = dense(scale);
     std::vector<int64_t> sizes = leading(x);
     const int64_t M = product(sizes);
-    sizes.push_back(N);
+    sizes.push_back(weight.size(0));
     Tensor y = new_tensor(sizes, x.scalar_type());
-
-    const Bias b("int8_linear", bias, N);
-    if (M == 0 || N == 0) return y;
-
-    const int64_t K_pad = round_up(K, GP_K_ALIGN);
-    const int8_t *q = static_cast<const int8_t *>(w.data_ptr());
-    const float *w_scale = static_cast<const float *>(s.data_ptr());
-    const float *offset = s.dim() == 2 ? w_scale + N : nullptr;
-    if (activation_bits == 32)
-        float_linear(x, type,
-                     {M, N, K, K_pad, nullptr, q, GP_I8, w_scale, b.data, y.data_ptr(), type},
-                     offset);
-    else
-        integer_linear(x, type,
-                       {M, N, K, K_pad, activation_bits == 8 ? 1 : 2, nullptr, nullptr, nullptr,
-                        nullptr, q, w_scale, b.data, y.data_ptr(), type},
-                       offset);
+    const Floats b = bias_of("int8_linear", bias, weight.size(0));
+    apply(int8_rows(w, s, b.data, activation_bits), x.data_ptr(), type, M, y.data_ptr());
     return y;
 }
 
@@ -131,17 +212,13 @@ Tensor half_linear(const Tensor &x_in, const Tensor &weight, const std::optional
                     " does not end in K of weight [N, K] ", shape_of(weight));
     STD_TORCH_CHECK(x_in.is_cpu() && weight.is_cpu(), op, ": all tensors must be on one device");
     const gp_dtype type = float_type(x_in.scalar_type(), op, "x");
-    const int64_t N = weight.size(0), K = weight.size(1);
     Tensor x = dense(x_in), w = dense(weight);
     std::vector<int64_t> sizes = leading(x);
     const int64_t M = product(sizes);
-    sizes.push_back(N);
+    sizes.push_back(weight.size(0));
     Tensor y = new_tensor(sizes, x.scalar_type());
-    const Bias b(op, bias, N);
-    if (M == 0 || N == 0) return y;
-    float_linear(x, type, {M, N, K, round_up(K, GP_K_ALIGN), nullptr, w.data_ptr(), w_type, nullptr,
-                           b.data, y.data_ptr(), type},
-                 nullptr);
+    const Floats b = bias_of(op, bias, weight.size(0));
+    apply(half_rows(w, w_type, b.data), x.data_ptr(), type, M, y.data_ptr());
     return y;
 }
 

@@ -87,27 +87,6 @@ inline const float *float_rows(const Tensor &x, gp_dtype type, int64_t M, int64_
 /* Bytes a thread moves or multiplies per weight row: what decides whether a second one pays. */
 inline double row_cost(int64_t K, int64_t rows) { return static_cast<double>(K) * (1 + rows / 4); }
 
-/* The integer planes of tokens, [M][planes][K_pad], then `after` for ranges of them, in multiples of
- * 16. The calling thread alone does a few tokens: cheaper than a second parallel region. */
-template <class F>
-void quantize_tokens(const Tensor &x, gp_dtype type, int64_t M, int64_t K, int64_t K_pad, int planes,
-                     int8_t *q, float *scale, int32_t *sum, const F &after)
-{
-    const char *in = static_cast<const char *>(x.data_ptr());
-    const int64_t size = gp_size(type);
-    parallel(M, 16, static_cast<double>(K * size), [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; m++) {
-            int8_t *row = q + m * planes * K_pad;
-            scale[m] = gp.int8_quantize_row(in + m * K * size, type, K, planes, row, K_pad,
-                                            sum + m * planes);
-            if (K < K_pad)
-                for (int p = 0; p < planes; p++)
-                    std::memset(row + p * K_pad + K, 0, static_cast<size_t>(K_pad - K));
-        }
-        after(begin, end);
-    });
-}
-
 inline void check_linear(const char *op, const Tensor &x, int64_t activation_bits)
 {
     STD_TORCH_CHECK(x.is_cpu(), op, ": all tensors must be on one device");

@@ -1,6 +1,209 @@
-"""Choices of attention: functions registered with transformers, and models made for fewer heads."""
+"""The attention function "gpu_poor" of transformers models: exact, and it never expands heads.
 
+For a cache in pages (gpu_poor/kv_cache.py) few tokens run on our kernel, which reads the pages
+where they lie; everything else is torch's flash kernel, without a mask where the order of the
+tokens says it all, and with grouped heads as they are.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    causal_mask_function,
+)
+
+from gpu_poor import memory
 from gpu_poor.attention.lsh import use_lsh_attention
 from gpu_poor.attention.multi_query import convert_to_multi_query
+from gpu_poor.modules import evaluating, unwrap
 
-__all__ = ["convert_to_multi_query", "use_lsh_attention"]
+__all__ = [
+    "convert_to_multi_query",
+    "use_flash_attention_if_available",
+    "use_lsh_attention",
+]
+
+NAME = "gpu_poor"
+#: Up to so many new tokens run on the pages. Our kernel reads them again for each token, torch's
+#: needs a copy of all keys and values, but multiplies them as matrices.
+FEW_TOKENS = 16
+#: Arguments that would change the answer, and that neither kernel knows.
+_UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "cu_seq_lens_q")
+
+
+def left_padding(mask: Tensor | None) -> Tensor | None:
+    """Where the tokens of a mask ``[B, L]`` (True or 1: a token) begin, int32 ``[B]``.
+
+    None where there is padding after a token: then no number says what is hidden.
+    """
+    if mask is None:
+        return None
+    mask = mask.bool()
+    starts = (~mask).sum(1)
+    if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) >= starts[:, None]):
+        return None
+    return starts.int()
+
+
+def _mask(*args, attention_mask=None, **options) -> Tensor | None:
+    """None where the tokens' order, and the window of a layer, say it all; else SDPA's mask.
+
+    That one carries the padding of causal sequences as ``_gp_starts``, if padding is all it hides.
+    """
+    sdpa_mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    local = options.get("local_size")
+    causal = options.get("allow_is_causal_skip", True) and (
+        options.get("mask_function", causal_mask_function) is causal_mask_function
+        if local is None
+        else local == getattr(options.get("config"), "sliding_window", None)
+    )
+    if not causal:
+        return sdpa_mask(*args, attention_mask=attention_mask, **options)
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    options["allow_is_causal_skip"] = False
+    mask = sdpa_mask(*args, attention_mask=attention_mask, **options)
+    mask._gp_starts = left_padding(attention_mask)
+    return mask
+
+
+def _causal(tokens: int, length: int, window: int) -> Tensor:
+    """bool ``[T, L]``: what the last T of L tokens see."""
+    query = torch.arange(length - tokens, length)[:, None]
+    key = torch.arange(length)
+    seen = key <= query
+    return seen & (key > query - window) if window else seen
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls: query ``[B, H, T, D]`` -> ``[B, T, H, D]``.
+
+    Raises:
+        ValueError: it is asked for attention weights, or for something that changes the answer and
+            that it doesn't know.
+    """
+    for name in _UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise ValueError(f'the attention function "{NAME}" has no {name}')
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            f'the attention function "{NAME}" keeps no attention weights: '
+            'model.set_attn_implementation("eager") does'
+        )
+    layer, starts = getattr(key, "_gp_layer", None), getattr(attention_mask, "_gp_starts", None)
+    tokens = query.shape[2]
+    if layer is not None:
+        layer.sequences.handed_out = None
+        layer.sequences.starts = starts
+        known = attention_mask is None or starts is not None
+        if known and tokens <= FEW_TOKENS and not dropout:
+            return layer.attend(query, starts, scaling), None
+        key, value = layer.gather(query.dtype, shifted=True)
+        sliding_window = layer.window
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    length, window = key.shape[2], sliding_window or 0
+    if attention_mask is not None or not is_causal:
+        is_causal = False
+    elif tokens < length or 0 < window < length:
+        if tokens > 1 or 0 < window < length:
+            attention_mask = _causal(tokens, length, window)
+        is_causal = False
+    y = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return y.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def unsuitable(model: nn.Module) -> str | None:
+    """Why a model can't have our cache or attention; None if nothing is known against it."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return "it is no causal language model of transformers"
+    if model.config.is_encoder_decoder:
+        return "it has an encoder"
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        return "it is not on the CPU"
+    if not model._supports_default_dynamic_cache():
+        return "it has a cache of a kind of its own"
+    try:
+        memory.layer_windows(model.config.get_text_config(decoder=True))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, cache) -> Tensor:
+    """Logits of three tokens, and then of one more."""
+    ids = torch.arange(1, 5)[None] % model.config.get_text_config(decoder=True).vocab_size
+    with evaluating(model):
+        first = model(input_ids=ids[:, :3], past_key_values=cache, use_cache=True)
+        second = model(input_ids=ids[:, 3:], past_key_values=first.past_key_values, use_cache=True)
+    return torch.cat((first.logits, second.logits), 1).float()
+
+
+def differs(model: nn.Module, cache, than: str, expected: Tensor | None = None) -> str | None:
+    """Why a model's answers with a cache are not ``expected``: by default those with its own."""
+    try:
+        expected = _answers(model, None) if expected is None else expected
+        found = _answers(model, cache)
+    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    spread = float(expected.max() - expected.min())
+    difference = float((found - expected).abs().max())
+    if not difference <= 0.01 * spread:
+        return f"its logits are {difference:.3g} away from those {than}"
+    return None
+
+
+def use_flash_attention_if_available(model: nn.Module) -> nn.Module:
+    """Make "gpu_poor" the attention of a transformers model; the model itself is returned.
+
+    Exact, and no head is ever expanded: torch's flash kernel, and for few tokens on a cache in
+    pages ours. Before it is kept its logits of four tokens are compared with the model's own.
+
+    A model whose attention it can't be (softcapping, sinks, biases of positions) is returned as it
+    was, with a warning that says why.
+    """
+    held, model = model, unwrap(model)
+    reason = unsuitable(model)
+    if reason is None and model.config._attn_implementation != NAME:
+        own = model.config._attn_implementation
+        if not model._supports_sdpa:
+            reason = "it has an attention of its own"
+        else:
+            expected = _answers(model, None)
+            model.set_attn_implementation(NAME)
+            reason = differs(model, None, f'of attention "{own}"', expected)
+            if reason is not None:
+                model.set_attn_implementation(own)
+    if reason is not None:
+        warnings.warn(f"{type(model).__name__} keeps its own attention: {reason}", stacklevel=2)
+    return held

@@ -417,6 +417,89 @@ static void check_stats(const gp_impl *impl, int64_t M, int64_t K)
     release_all();
 }
 
+/* -- what a decoder block does between its linears --------------------------------------------- */
+
+static double activation(gp_activation kind, double x)
+{
+    if (kind == GP_RELU) return x < 0 ? 0 : x;
+    if (kind == GP_SILU) return x / (1 + exp(-x));
+    if (kind == GP_GELU) return 0.5 * x * erfc(-x / sqrt(2));
+    return 0.5 * x * (1 + tanh(sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+}
+
+/* Against double precision within the header's bound, and the reference bit for bit. */
+static void check_activations(const gp_impl *impl, int64_t n, float reach)
+{
+    float *x = guarded((size_t)n * 4, 0), *up = guarded((size_t)n * 4, 0), *y = guarded((size_t)n * 4, 0);
+    float *want = malloc((size_t)n * 4);
+    fill_floats(x, GP_F32, n);
+    fill_floats(up, GP_F32, n);
+    for (int64_t i = 0; i < n; i++) x[i] *= reach; /* of 2 at most */
+    for (int kind = GP_SILU; kind <= GP_RELU; kind++) {
+        impl->activate_row((gp_activation)kind, x, NULL, n, y);
+        for (int64_t i = 0; i < n; i++) {
+            double exact = activation((gp_activation)kind, x[i]);
+            CHECK(fabs(y[i] - exact) <= 3e-7 * fabs((double)x[i]) + 1e-37, "%s activation %d of %g: %g, not %g",
+                  impl->name, kind, x[i], y[i], exact);
+        }
+        impl->activate_row((gp_activation)kind, x, up, n, y);
+        ref->activate_row((gp_activation)kind, x, up, n, want);
+        CHECK(memcmp(y, want, (size_t)n * 4) == 0, "%s activate_row %d", impl->name, kind);
+    }
+    free(want);
+    release_all();
+}
+
+static void check_decoder_rows(const gp_impl *impl, int64_t K)
+{
+    float *x = guarded((size_t)K * 4, 0), *w = guarded((size_t)K * 4, 0), *b = guarded((size_t)K * 4, 0);
+    float *y = guarded((size_t)K * 4, 0), *want = malloc((size_t)K * 4);
+    fill_floats(x, GP_F32, K);
+    fill_floats(w, GP_F32, K);
+    fill_floats(b, GP_F32, K);
+    double mean = 0, square = 0, variance = 0;
+    for (int64_t k = 0; k < K; k++) mean += x[k] / (double)K, square += (double)x[k] * x[k] / (double)K;
+    for (int64_t k = 0; k < K; k++) variance += (x[k] - mean) * (x[k] - mean) / (double)K;
+    /* Sums of K terms in 16 lanes, and a few roundings. */
+    const double eps = 1e-3, error = (8 + (double)K / 16) * 0x1p-23;
+
+    impl->rms_norm_row(x, w, (float)eps, K, y);
+    ref->rms_norm_row(x, w, (float)eps, K, want);
+    CHECK(memcmp(y, want, (size_t)K * 4) == 0, "%s rms_norm_row K %ld", impl->name, (long)K);
+    for (int64_t k = 0; k < K; k++) {
+        double exact = x[k] / sqrt(square + eps) * w[k];
+        CHECK(fabs(y[k] - exact) <= error * fabs(exact), "%s rms_norm_row K %ld: %g, not %g", impl->name,
+              (long)K, y[k], exact);
+    }
+    for (int bias = 0; bias < 2; bias++) {
+        impl->layer_norm_row(x, w, bias ? b : NULL, (float)eps, K, y);
+        ref->layer_norm_row(x, w, bias ? b : NULL, (float)eps, K, want);
+        CHECK(memcmp(y, want, (size_t)K * 4) == 0, "%s layer_norm_row K %ld", impl->name, (long)K);
+        for (int64_t k = 0; k < K; k++) {
+            double exact = (x[k] - mean) / sqrt(variance + eps) * w[k] + (bias ? b[k] : 0);
+            double size = (fabs(x[k]) + sqrt(square)) / sqrt(variance + eps) * fabs(w[k]) + fabs(b[k]);
+            CHECK(fabs(y[k] - exact) <= error * size, "%s layer_norm_row K %ld: %g, not %g", impl->name,
+                  (long)K, y[k], exact);
+        }
+    }
+    if (K % 2 == 0) {
+        memcpy(y, x, (size_t)K * 4);
+        memcpy(want, x, (size_t)K * 4);
+        impl->rotary_row(y, w, b, K);
+        ref->rotary_row(want, w, b, K);
+        CHECK(memcmp(y, want, (size_t)K * 4) == 0, "%s rotary_row K %ld", impl->name, (long)K);
+        for (int64_t k = 0; k < K; k++) {
+            double other = k < K / 2 ? -(double)x[k + K / 2] : x[k - K / 2];
+            double exact = (double)x[k] * w[k] + other * b[k];
+            double size = fabs((double)x[k] * w[k]) + fabs(other * b[k]);
+            CHECK(fabs(y[k] - exact) <= 0x1p-22 * size, "%s rotary_row K %ld: %g, not %g", impl->name,
+                  (long)K, y[k], exact);
+        }
+    }
+    free(want);
+    release_all();
+}
+
 /* Every instruction set of this CPU, or the one named. */
 int main(int argc, char **argv)
 {
@@ -439,6 +522,9 @@ int main(int argc, char **argv)
                         check_quantize(&table, (gp_dtype)type, K, planes, special);
                 check_rows(&table, K, (gp_dtype)type);
             }
+            check_decoder_rows(&table, K);
+            check_activations(&table, K, 1);
+            check_activations(&table, K, 60);
             for (int i = 0; i < 4; i++) {
                 check_grouped_quantize(&table, 1 + s % 16, K, i < 2 ? 4 : 8, 32 * (1 + s % 4), i % 2);
                 check_gptq(&table, K, i < 2 ? 4 : 8, 32 * (1 + s % 5), i % 2);

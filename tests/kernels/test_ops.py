@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from blocks import angles, block, step
 from helpers import assert_equal, assert_within, heavy_tailed, random_int8
 
 from gpu_poor import isa, ops
@@ -15,6 +16,12 @@ H = heavy_tailed(20, 30, seed=2).bfloat16()
 W4, S4 = ops.grouped_quantize(heavy_tailed(20, 30, seed=1), 32)
 A4, M4 = ops.grouped_quantize(heavy_tailed(20, 30, seed=1), 32, asymmetric=True)
 W8, S8 = ops.grouped_quantize(heavy_tailed(20, 30, seed=1), 32, bits=8)
+
+PAGES = torch.randint(-127, 128, (5, 2, 2, 4, 6), dtype=torch.int8)
+SCALES = torch.rand(5, 2, 2, 4).half() / 100
+TABLE = torch.tensor([[4, 0, 2], [1, 3, 0]], dtype=torch.int32)
+LENGTHS = torch.tensor([7, 5], dtype=torch.int32)
+Q, KV = heavy_tailed(2, 3, 4, 6), heavy_tailed(2, 3, 2, 6)
 
 SAMPLES = {
     "int8_quantize": [(X,), (X.bfloat16(),), (X.view(2, 3, 30),), (X[:0],)],
@@ -60,10 +67,34 @@ SAMPLES = {
         (torch.tensor([[0, 19]]), W4, S4, 32, 20, 30, torch.float32),
         (torch.tensor([3], dtype=torch.int32), A4, M4, 32, 20, 30, torch.bfloat16),
     ],
+    "decoder_qkv": [
+        (X.view(2, 3, 30), *block(), *angles(3), 4, 2, 8),
+        (X.view(2, 3, 30).bfloat16(), *block(), None, None, 4, 2, 8),
+        (X.view(2, 3, 30)[:, :0], *block(), None, None, 4, 2, 8),
+    ],
+    "decoder_out": [
+        (X.view(2, 3, 30), torch.randn(2, 3, 32), *block()),
+        (X.view(2, 3, 30).half(), torch.randn(2, 3, 32).half(), *block()),
+    ],
+    "decoder_step": [step(X.view(2, 3, 30)), step(X.view(6, 1, 30), 1, int8=True)],
     "gptq": [
         (H.float(), torch.eye(30), torch.eye(30), 32, 0, 15, True, True, 2),
         (X, torch.eye(30), torch.eye(30), 30, -127, 127, False, False, 0),
         (X[:0], torch.eye(30), torch.eye(30), 8, -8, 7, False, True, 1),
+    ],
+    "paged_append": [
+        (PAGES, SCALES, KV, KV, TABLE, LENGTHS, torch.rand(2, 6)),
+        (PAGES.bfloat16(), None, KV.half(), KV.half(), TABLE, LENGTHS, None),
+        (PAGES, SCALES, KV[:, :0], KV[:, :0], TABLE, LENGTHS, None),
+    ],
+    "paged_attention": [
+        (Q, PAGES, SCALES, TABLE, LENGTHS, None, 0.3, 0),
+        (Q.bfloat16(), PAGES.half(), None, TABLE, LENGTHS, LENGTHS - 4, 1.0, 3),
+        (Q[:, :0], PAGES, SCALES, TABLE, LENGTHS, None, 0.3, 0),
+    ],
+    "paged_gather": [
+        (PAGES, SCALES, TABLE, 10, torch.float32),
+        (PAGES.float(), None, TABLE, 0, torch.bfloat16),
     ],
     "channel_stats": [(X,), (X.view(2, 3, 30).bfloat16(),)],
     "gram_": [(torch.zeros(30, 30), X)],

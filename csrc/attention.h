@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: MIT
+ * What the attention kernels of every instruction set share. */
+#ifndef GPU_POOR_ATTENTION_H
+#define GPU_POOR_ATTENTION_H
+
+#include "common.h"
+
+/* Where in `pages` a slot's key (part 0) or value (1) begins, and its index in `scales`. */
+typedef struct {
+    int64_t row, scale;
+} gp_place;
+
+GP_INLINE gp_place gp_slot(const gp_pages *c, const int32_t *table, int part, int64_t head,
+                           int64_t slot)
+{
+    const int64_t page = table[slot / c->page_size];
+    const int64_t row = (part * c->kv_heads + head) * c->page_size + slot % c->page_size;
+    return (gp_place){page * c->page_stride + row * c->D, page * c->scale_stride + row};
+}
+
+/* 2^x for x <= 0, within 2 ulp; 0 below -126, a NaN stays one. 2^n by its bits, times a polynomial for the
+ * rest in [-0.5, 0.5]: minimax of degree 6 with 2^0 = 1, relative error 2e-9 before rounding.
+ * Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits. */
+#define GP_EXP2_ROUND 12582912.0f
+#define GP_EXP2_POLYNOMIAL                                                                        \
+    {0x1.41fbbcp-13f, 0x1.5f3e52p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f,            \
+     0x1.62e430p-1f,  1.0f}
+
+GP_INLINE float gp_exp2(float x)
+{
+    static const float c[] = GP_EXP2_POLYNOMIAL;
+    if (x < -126) return 0;
+    const float shifted = x + GP_EXP2_ROUND, f = x - (shifted - GP_EXP2_ROUND);
+    float p = c[0];
+    for (int i = 1; i < 7; i++) p = __builtin_fmaf(p, f, c[i]);
+    return p * gp_from_bits((gp_bits(shifted) << 23) + 0x3f800000u);
+}
+
+/* Scales that an int8 row may have: the float16 number nearest to absmax / 127, and those 4, 8, ... 60
+ * places above it, up to 3 or 6 % larger. */
+#define GP_PAGE_SCALES 16
+#define GP_PAGE_SCALE_STEP 4
+
+/* The first of them, from the bits of a row's absmax; NaN if that is no finite number. */
+GP_INLINE uint16_t gp_page_scale(uint32_t absmax)
+{
+    return absmax < 0x7f800000u ? gp_float_to_f16(gp_from_bits(absmax) / 127) : 0x7e00;
+}
+
+/* Whether a row can have this scale: it isn't 0, and finite. */
+GP_INLINE int gp_page_live(uint16_t scale) { return scale - 1u < 0x7bffu; }
+
+/* Clamped: the first scale may be rounded down. */
+GP_INLINE float gp_page_value(float x, float inverse)
+{
+    const float q = __builtin_rintf(x * inverse);
+    return q > 127 ? 127 : q < -127 ? -127 : q;
+}
+
+#endif

@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: MIT
+ * Attention over pages for AVX2: sixteen lanes are two registers. */
+#if defined(__x86_64__)
+#include <math.h>
+
+#include "../attention.h"
+#include "avx2.h"
+
+#define NAME(name) name##_avx2
+#define TILE 4  /* sums of 2 registers, of 16 */
+#define STRIP 1 /* x 4 heads: 8 registers of sums */
+
+typedef struct {
+    __m256 a, b;
+} v16;
+
+INLINE v16 v16_set1(float x) { return (v16){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+INLINE v16 v16_zero(void) { return v16_set1(0); }
+INLINE v16 v16_load(const float *x) { return (v16){_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
+INLINE void v16_store(float *y, v16 v) { _mm256_storeu_ps(y, v.a), _mm256_storeu_ps(y + 8, v.b); }
+#define EACH(name, operation)                                                                     \
+    INLINE v16 name(v16 x, v16 y) { return (v16){operation(x.a, y.a), operation(x.b, y.b)}; }
+EACH(v16_add, _mm256_add_ps)
+EACH(v16_sub, _mm256_sub_ps)
+EACH(v16_mul, _mm256_mul_ps)
+EACH(v16_xor, _mm256_xor_ps)
+EACH(v16_max, _mm256_max_ps) /* y if one is a NaN */
+#undef EACH
+INLINE v16 v16_fma(v16 x, v16 y, v16 z)
+{
+    return (v16){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+
+/* Elements [i, i + 16) of a row, zero beyond `left` of them. */
+INLINE v16 v16_row(const void *x, gp_dtype type, int64_t i, int64_t left)
+{
+    if (left >= 16) return (v16){load8(x, type, i), load8(x, type, i + 8)};
+    return (v16){load_tail(x, type, i, gp_min(left, 8)),
+                 left > 8 ? load_tail(x, type, i + 8, left - 8) : _mm256_setzero_ps()};
+}
+
+INLINE void v16_store_as(void *y, gp_dtype type, int64_t i, v16 v)
+{
+    store8(y, type, i, v.a), store8(y, type, i + 8, v.b);
+}
+
+/* gp_page_value of what is multiplied already */
+INLINE __m256 page_value8(__m256 v)
+{
+    const __m256 q = _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_max_ps(_mm256_min_ps(q, _mm256_set1_ps(127)), _mm256_set1_ps(-127));
+}
+INLINE v16 v16_page_value(v16 v) { return (v16){page_value8(v.a), page_value8(v.b)}; }
+
+INLINE void v16_store_bytes(int8_t *y, v16 v)
+{
+    store_bytes(y, _mm256_cvtps_epi32(v.a), 8), store_bytes(y + 8, _mm256_cvtps_epi32(v.b), 8);
+}
+
+/* gp_exp2 */
+INLINE __m256 exp8(__m256 x)
+{
+    static const float c[] = GP_EXP2_POLYNOMIAL;
+    const __m256 round = _mm256_set1_ps(GP_EXP2_ROUND), shifted = _mm256_add_ps(x, round);
+    const __m256 f = _mm256_sub_ps(x, _mm256_sub_ps(shifted, round));
+    __m256 p = _mm256_set1_ps(c[0]);
+    for (int i = 1; i < 7; i++) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(c[i]));
+    const __m256i power = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23),
+                                           _mm256_set1_epi32(0x3f800000));
+    const __m256 drop = _mm256_cmp_ps(x, _mm256_set1_ps(-126), _CMP_LT_OQ);
+    return _mm256_andnot_ps(drop, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
+}
+INLINE v16 v16_exp2(v16 x) { return (v16){exp8(x.a), exp8(x.b)}; }
+
+INLINE __m128 fold4(v16 v) /* lanes l + 8, then l + 4 */
+{
+    const __m256 half = _mm256_add_ps(v.a, v.b);
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+INLINE float v16_fold(v16 v)
+{
+    __m128 x = fold4(v);
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+
+/* Four folds at once. */
+INLINE void v16_fold_tile(const v16 sum[TILE], float *out)
+{
+    __m128 x[4];
+    for (int i = 0; i < 4; i++) x[i] = fold4(sum[i]);
+    const __m128 u = _mm_add_ps(_mm_unpacklo_ps(x[0], x[1]), _mm_unpackhi_ps(x[0], x[1]));
+    const __m128 v = _mm_add_ps(_mm_unpacklo_ps(x[2], x[3]), _mm_unpackhi_ps(x[2], x[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(u, v), _mm_movehl_ps(v, u)));
+}
+
+#include "attention_template.h"
+
+const gp_impl gp_impl_attention_avx2 = {
+    .name = "avx2",
+    .needs = GP_CPU_AVX2,
+    .page_store_row = page_store_row_avx2,
+    .attend_chunk = attend_chunk_avx2,
+    .attend_combine = attend_combine_avx2,
+};
+#endif
