@@ -544,6 +544,16 @@ int main(int argc, char **argv)
                 check_stats(&table, tokens[t], K);
             }
         }
+        for (int type = GP_F32; type <= GP_I8; type++) {
+            static const int64_t dims[] = {1, 8, 16, 17, 40, 64, 80, 128, 200};
+            for (int d = 0; d < 9; d++)
+                for (int64_t rows = 1; rows <= 7; rows++) {
+                    static const int64_t sizes_of_pages[] = {1, 16, 48, 64, 256};
+                    const int64_t page_size = sizes_of_pages[(d + rows) % 5];
+                    const int64_t n = 1 + (37 * rows + 29 * d) % GP_CHUNK, begin = (11 * rows) % 70;
+                    check_attention(&table, (gp_dtype)type, rows, dims[d], page_size, begin, begin + n);
+                }
+        }
         /* Wide enough for every loop of the packed linear: panels, chunks of K, blocks of tokens. */
         for (int planes = 1; planes <= 2; planes++)
             for (int type = GP_F32; type <= GP_F16; type++)
