@@ -85,6 +85,7 @@ def calibrate(
                 last = i + 1 == len(work)
                 block_work.run(stream, i, recipe, folds, activation, done, counter, last)
                 memory.let_go(block_work.block)
+                memory.trim()  # the matrices of one block do not fit between what is kept of it
                 if folder is not None:
                     targets = block_work.targets.values()
                     folder.save(i, targets, done, block_work.name, streams)
