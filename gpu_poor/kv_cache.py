@@ -16,13 +16,15 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
-from gpu_poor import attention, memory, ops
+from gpu_poor import _needs_transformers, attention, memory, ops
 from gpu_poor.metrics_input import n_positions
 from gpu_poor.modules import evaluating, unwrap
 from gpu_poor.paging import PageAllocator
+
+with _needs_transformers("gpu_poor.kv_cache"):
+    from transformers import Cache
+    from transformers.cache_utils import CacheLayerMixin
 
 FORMATS = {
     "fp32": torch.float32,

@@ -929,7 +929,12 @@ def test_a_measured_receipt_is_saved_and_loaded(tmp_path):
     reference = copy.deepcopy(model)
     quantize(model, 4, evaluate_on=text, verbose=False)
     receipt = gpu_poor.receipt(model)
-    assert receipt.quality == gpu_poor.evaluate(model, reference, text).to_dict()
+    # It was measured before the blocks were fused: other orders of float sums.
+    measured = gpu_poor.evaluate(model, reference, text).to_dict()
+    assert receipt.quality.keys() == measured.keys()
+    for key, value in measured.items():
+        is_number = isinstance(value, float)
+        assert receipt.quality[key] == (pytest.approx(value, rel=1e-2) if is_number else value)
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["receipt"]
     assert saved["quality"] == receipt.quality

@@ -10,17 +10,19 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    AttentionMaskInterface,
-    causal_mask_function,
-)
 
-from gpu_poor import memory
+from gpu_poor import _needs_transformers, memory
 from gpu_poor.attention.lsh import use_lsh_attention
 from gpu_poor.attention.multi_query import convert_to_multi_query
 from gpu_poor.modules import evaluating, unwrap
+
+with _needs_transformers("gpu_poor.attention"):
+    from transformers import AttentionInterface, PreTrainedModel
+    from transformers.masking_utils import (
+        ALL_MASK_ATTENTION_FUNCTIONS,
+        AttentionMaskInterface,
+        causal_mask_function,
+    )
 
 __all__ = [
     "convert_to_multi_query",
