@@ -85,7 +85,6 @@ def calibrate(
                 last = i + 1 == len(work)
                 block_work.run(stream, i, recipe, folds, activation, done, counter, last)
                 memory.let_go(block_work.block)
-                memory.trim()  # the matrices of one block do not fit between what is kept of it
                 if folder is not None:
                     targets = block_work.targets.values()
                     folder.save(i, targets, done, block_work.name, streams)
@@ -177,6 +176,7 @@ class _BlockWork:
             factors, input_scale = chained.get(group[0]), None
             exact = wanted.pop(group[0], None)
             inputs = self._inputs(stream, i, twin, group[0], recipe, exact, factors)
+            memory.trim()  # what the passes have freed: 400 MB of a TinyLlama's block, in pieces
             if inputs is None:
                 continue
             fold = by_reader.get(f"{self.name}.{group[0]}")
