@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gpu_poor import memory
 from gpu_poor.chains import TOLERANCE
+from gpu_poor.modules import hooked
 from gpu_poor.plan import block_list
 from gpu_poor.spill import Spilled
 
@@ -151,11 +152,8 @@ class Blocks:
         handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in self.modules]
         if answers is not None:
             handles += [m.register_forward_hook(after) for m in self.modules]
-        try:
+        with hooked(handles):
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _doing_nothing(self, last: Tensor | None = None) -> Iterator[None]:

@@ -23,7 +23,7 @@ from gpu_poor import memory, ops
 from gpu_poor.blocks import Answers, Blocks
 from gpu_poor.chains import find_chains
 from gpu_poor.folds import Decided, Fold, folds_for, tied_modules
-from gpu_poor.modules import evaluating, not_finite, put
+from gpu_poor.modules import evaluating, hooked, not_finite, put
 from gpu_poor.nn.base import Stored, quantize_rows
 from gpu_poor.nn.linear import INPUT_SCALE
 from gpu_poor.ops.common import correction_dtype
@@ -242,18 +242,14 @@ class _BlockWork:
         def look(name: str, module: nn.Module, args: tuple) -> None:
             order.setdefault(name, args[0])
 
-        handles = [
+        with hooked(
             target.module.register_forward_pre_hook(partial(look, name))
             for name, target in self.targets.items()
-        ]
-        try:
+        ):
             for state in stream.exact:  # the first one will do, but where there are experts
                 stream.call(self.block, i, state)
                 if order.keys() == self.targets.keys():
                     break
-        finally:
-            for handle in handles:
-                handle.remove()
         groups: dict[tuple, list[str]] = {}
         for name, x in order.items():
             groups.setdefault(memory.identity(x), []).append(name)
@@ -318,15 +314,11 @@ class _BlockWork:
                     kept[name].append(x if len(x) == n_tokens else x[:0])
                 missing.discard(name)
 
-            handles = [
+            with hooked(
                 self.targets[name].module.register_forward_pre_hook(partial(look, name))
                 for name in looked_at
-            ]
-            try:
+            ):
                 after = stream.call(self.block, i, state)
-            finally:
-                for handle in handles:
-                    handle.remove()
             for name in missing:
                 kept[name].append(torch.empty(0))
             if not last:

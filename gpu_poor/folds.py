@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpu_poor.chains import Chain
+from gpu_poor.modules import hooked
 from gpu_poor.nn.base import Stored
 from gpu_poor.plan import Plan
 from gpu_poor.strategies import Recipe
@@ -183,13 +184,10 @@ def find_folds(model: nn.Module, plan: Plan) -> list[Fold]:
             handles.append(module.register_forward_pre_hook(_before_linear(watch, twin, name)))
             handles.append(module.register_forward_hook(_after_linear(watch)))
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), watch, hooked(handles):
             twin.eval()(**inputs)
     except Exception as error:  # whatever a model does not like about tensors without data
         raise RuntimeError(f"{type(model).__name__} cannot be run without data: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
     folds, barred = [], tied_modules(plan)
     barred |= _heads(model, plan)
     for name, readers in watch.readers.items():

@@ -1,9 +1,10 @@
 """What several passes do to the modules of a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Holder:
@@ -40,6 +41,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """With these hooks, which are removed afterwards; all of them, if one cannot be set."""
+    held: list[RemovableHandle] = []
+    try:
+        for handle in handles:
+            held.append(handle)
+        yield
+    finally:
+        for handle in held:
+            handle.remove()
 
 
 def not_finite(name: str) -> ValueError:

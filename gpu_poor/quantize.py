@@ -150,14 +150,14 @@ def quantize(
             options |= dict(bits=bits, overrides=overrides, strategy=how.names)
             options |= dict(activation=activation, allow_partial=allow_partial)
             hf.attach(model, **options)
+        if fuse:  # before it is measured: as it will run
+            fuse_blocks(model)
         receipt = make_receipt(model, before, kept, done.remarks(how))
         if recording is not None:
             receipt.quality = _measure(model, recording, max_kl, progress)
         if _is_transformers_model(model):
             hf.keep_receipt(model, receipt)
         model.gpu_poor_receipt = receipt
-    if fuse:
-        fuse_blocks(model)
     del plan, quantized, done  # the last reference to the float weights
     with suppress(Exception):  # memory that is not given back is no reason to fail now
         memory.leave_files(model)
@@ -375,16 +375,23 @@ def swap(model: nn.Module, targets: list[Target], quantized: Quantized, activati
 
 @contextmanager
 def restoring(model: nn.Module) -> Iterator[None]:
-    """Put the modules and attributes of a model back if what is done meanwhile fails."""
+    """Put modules, attributes and classes of a model back if what is done meanwhile fails."""
     before = [
-        (m, dict(vars(m)), (m._modules, dict(m._modules)), (m._parameters, dict(m._parameters)))
+        (
+            m,
+            type(m),
+            dict(vars(m)),
+            (m._modules, dict(m._modules)),
+            (m._parameters, dict(m._parameters)),
+        )
         for m in model.modules()
     ]
     try:
         yield
     except BaseException:
-        for module, attributes, *tables in before:
+        for module, cls, attributes, *tables in before:
             # Not setattr, which may be what has failed.
+            object.__setattr__(module, "__class__", cls)
             _refill(vars(module), attributes)
             for table in tables:
                 _refill(*table)

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from gpu_poor import memory
 from gpu_poor.formats import Format
 from gpu_poor.metrics_input import n_positions
-from gpu_poor.modules import evaluating
+from gpu_poor.modules import evaluating, hooked
 from gpu_poor.plan import Plan, Target, first_block
 from gpu_poor.progress import bar
 from gpu_poor.samples import vocabulary
@@ -253,12 +253,8 @@ def _first_not_finite(model: nn.Module, ids: Tensor) -> str:
             if isinstance(each, Tensor) and not bool(torch.isfinite(each).all()):
                 found.append(name)
 
-    handles = [m.register_forward_hook(partial(look, n)) for n, m in model.named_modules() if n]
-    try:
+    with hooked(m.register_forward_hook(partial(look, n)) for n, m in model.named_modules() if n):
         model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else type(model).__name__
 
 

@@ -8,7 +8,7 @@ was made from, which is what transformers knows classes by, and is pickled as th
 import functools
 import inspect
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,17 @@ BINDING, LAST = "_gp_binding", "_gp_last"
 _CAPTURING = "transformers.utils.output_capturing"
 
 
+def kept(module: nn.Module, bind: Callable[[nn.Module], Binding]) -> Binding:
+    """The binding of a module as it is now: made again only where something has changed."""
+    binding = module.__dict__.get(BINDING)
+    if binding is None or not binding.watch.unchanged():
+        binding = module.__dict__[BINDING] = bind(module)
+    return binding
+
+
 def binding_of(block: nn.Module) -> Binding:
     """The binding of a block as it is now."""
-    binding = block.__dict__.get(BINDING)
-    if binding is None or not binding.watch.unchanged():
-        binding = bind(block)
-        block.__dict__[BINDING] = binding
-    return binding
+    return kept(block, bind)
 
 
 def refusal(binding: Binding, x: Tensor) -> str | None:

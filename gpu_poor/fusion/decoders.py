@@ -17,11 +17,11 @@ from gpu_poor import ops
 from gpu_poor.fusion.architectures import DECODERS, Architecture
 from gpu_poor.fusion.binding import Binding, NotFused, Watch, entry_of, hooks_of, original
 from gpu_poor.fusion.blocks import (
-    BINDING,
     LAST,
     binding_of,
     captured,
     forward_like,
+    kept,
     parameters_after,
     refusal,
     subclass,
@@ -85,11 +85,7 @@ def _bind(model: nn.Module, entry: Architecture, watch: Watch) -> Binding:
 
 
 def decoder_binding_of(model: nn.Module) -> Binding:
-    binding = model.__dict__.get(BINDING)
-    if binding is None or not binding.watch.unchanged():
-        binding = bind_decoder(model)
-        model.__dict__[BINDING] = binding
-    return binding
+    return kept(model, bind_decoder)
 
 
 def forward(self: nn.Module, *args, **kwargs):
