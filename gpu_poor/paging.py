@@ -1,8 +1,9 @@
 """Which page belongs to whom: a free list, reference counts, and an index of shared prefixes.
 
-Pages are numbers here; gpu_poor/kv_cache.py keeps what they hold.
+Pages are numbers here; gpu_poor/kv_cache/ keeps what they hold.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -14,13 +15,15 @@ class PageAllocator:
     under their tokens; they stay findable when nobody holds them any more (idle), until their
     memory is wanted, the least recently used first.
 
-    Nothing is set up for pages that were never used, so ``n_pages`` may be millions.
+    Nothing is set up for pages that were never used, so ``n_pages`` may be millions. Owners in
+    several threads take ``lock`` around what they do. A finalizer may run amid that and take it
+    again: all that one does is release, which nothing here is harmed by.
     """
 
     def __init__(self, n_pages: int):
         if n_pages < 1:
             raise ValueError(f"n_pages must be >= 1, got {n_pages}")
-        self.n_pages = n_pages
+        self.n_pages, self.lock = n_pages, threading.RLock()
         self._owners: list[int] = []  # of each page that was ever used
         self._free: list[int] = []
         self._idle: OrderedDict[int, None] = OrderedDict()

@@ -18,7 +18,8 @@ class Model:
 
     def __init__(self, n_pages: int, rng: random.Random):
         self.allocator, self.n_pages, self.rng = PageAllocator(n_pages), n_pages, rng
-        self.sequences: list[tuple[list[int], list[tuple]]] = []  # pages and the tokens they hold
+        # Pages, and all the tokens; the first of them may have no page any more.
+        self.sequences: list[tuple[list[int], list[tuple]]] = []
         self.contents: dict[int, tuple] = {}  # page: tokens of it and all before it
         self.owners = [0] * n_pages
 
@@ -82,20 +83,30 @@ class Model:
             pages[i] = page
         else:
             return
-        tokens[i] = (self.rng.randrange(3, 6),)
+        left = len(tokens) - len(pages)
+        tokens[left + i] = (self.rng.randrange(3, 6),)
         for j in range(i, len(pages)):  # what follows has another beginning now
             if self.owners[pages[j]] == 1 and not self.allocator.published(pages[j]):
-                self.contents[pages[j]] = tuple(tokens[: j + 1])
+                self.contents[pages[j]] = tuple(tokens[: left + j + 1])
 
     def cut(self, sequence):
         pages, tokens = sequence
-        n = self.rng.randrange(len(pages) + 1)
+        n, left = self.rng.randrange(len(pages) + 1), len(tokens) - len(pages)
         self.give_back(pages[n:])
-        del pages[n:], tokens[n:]
+        del pages[n:], tokens[left + n :]
+
+    def leave(self, sequence):
+        """The first pages have left the window."""
+        pages, _ = sequence
+        n = self.rng.randrange(len(pages) + 1)
+        self.give_back(pages[:n])
+        del pages[:n]
 
     def publish(self, sequence):
         pages, tokens = sequence
-        if all(self.contents[p] == tuple(tokens[: i + 1]) for i, p in enumerate(pages)):
+        if len(pages) == len(tokens) and all(
+            self.contents[p] == tuple(tokens[: i + 1]) for i, p in enumerate(pages)
+        ):
             self.allocator.publish(tokens, pages)
 
     def drop(self, sequence):
@@ -107,7 +118,7 @@ class Model:
             return self.new()
         sequence = self.rng.choice(self.sequences)
         crowded = len(self.sequences) > 12
-        actions = [self.grow, self.write, self.cut, self.publish, self.drop]
+        actions = [self.grow, self.write, self.cut, self.leave, self.publish, self.drop]
         self.rng.choice([*actions, self.drop if crowded else self.fork])(sequence)
 
     def check(self):

@@ -74,7 +74,7 @@ void check_pages(const char *op, const Pages &pages, int64_t T, bool appends)
                         pages.table_stride * size);
         STD_TORCH_CHECK(pages.start(b) >= 0 && pages.start(b) <= end, op, ": sequence ", b, " of ",
                         end, " tokens can't start at ", pages.start(b));
-        const int64_t begin = appends ? length : pages.start(b);
+        const int64_t begin = appends ? length : pages.visible_from(b, length);
         for (int64_t i = begin / size; i * size < end; i++) {
             const int32_t page = pages.block_table[b * pages.table_stride + i];
             STD_TORCH_CHECK(page >= 0 && page < pages.n_pages, op, ": sequence ", b, " has page ",
@@ -111,17 +111,11 @@ void append(const Pages &pages, const float *k, const float *v, int64_t stride, 
              });
 }
 
-int64_t Attention::visible_from(const Pages &pages, int64_t b, int64_t slot)
-{
-    const int64_t start = pages.start(b);
-    return pages.window ? std::max(start, slot + 1 - pages.window) : start;
-}
-
 /* Those that the first of the new tokens' window reaches, up to the last token. */
 Attention::Range Attention::chunks(const Pages &pages, int64_t b, int64_t T)
 {
     const int64_t start = pages.start(b), length = pages.lengths[b];
-    const int64_t begin = visible_from(pages, b, length), end = length + T;
+    const int64_t begin = pages.visible_from(b, length), end = length + T;
     if (end <= begin) return {0, 0};
     return {(begin - start) / GP_CHUNK, (end - start + GP_CHUNK - 1) / GP_CHUNK};
 }
@@ -167,7 +161,7 @@ double Attention::bytes_per_task() const
     double slots = 0;
     for (int64_t b = 0; b < pages_.batch; b++) {
         const int64_t length = pages_.lengths[b];
-        slots += static_cast<double>(length + T_ - visible_from(pages_, b, length));
+        slots += static_cast<double>(length + T_ - pages_.visible_from(b, length));
     }
     return slots * static_cast<double>(layer.kv_heads * 2 * layer.D * gp_size(layer.type) * T_) /
            static_cast<double>(tasks());
@@ -185,7 +179,7 @@ void Attention::run(int64_t task) const
                    pages_.lengths[b] + T_, nullptr};
     for (int64_t t = 0; t < T_; t++) {
         const int64_t slot = pages_.lengths[b] + t;
-        a.begin = std::max(from, visible_from(pages_, b, slot));
+        a.begin = std::max(from, pages_.visible_from(b, slot));
         a.end = std::min(from + GP_CHUNK, slot + 1);
         if (a.begin >= a.end) continue;
         a.q = q_ + (b * T_ + t) * q_stride_ + g * rows_ * D;
@@ -203,7 +197,7 @@ void Attention::combine(int64_t b, int64_t g) const
     const int64_t first = first_[b] + g * (range.end - range.begin);
     for (int64_t t = 0; t < T_; t++) {
         /* The chunks that this token saw some slot of. */
-        const int64_t slot = pages_.lengths[b] + t, begin = visible_from(pages_, b, slot);
+        const int64_t slot = pages_.lengths[b] + t, begin = pages_.visible_from(b, slot);
         const int64_t c0 = (begin - start) / GP_CHUNK;
         const int64_t n = slot < begin ? 0 : (slot - start) / GP_CHUNK - c0 + 1;
         for (int64_t r = 0; r < rows_; r++) {
@@ -301,17 +295,19 @@ Tensor paged_attention(const Tensor &q_in, const Tensor &pages, const std::optio
 }
 
 std::tuple<Tensor, Tensor> paged_gather(const Tensor &pages, const std::optional<Tensor> &scales,
-                                        const Tensor &block_table, int64_t length, ScalarType dtype)
+                                        const Tensor &block_table, int64_t length, ScalarType dtype,
+                                        int64_t first)
 {
     const char *op = "paged_gather";
     Pages p = pages_of(op, pages, scales, block_table, block_table.dim() ? block_table.size(0) : 0);
     gp_dtype type = float_type(dtype, op, "dtype");
     const gp_pages &layer = p.layer;
     const int64_t heads = layer.kv_heads, D = layer.D;
-    std::vector<int32_t> lengths(static_cast<size_t>(p.batch), 0);
+    STD_TORCH_CHECK(0 <= first && first <= length, op, ": slots ", first, " to ", length,
+                    " can't be gathered");
+    std::vector<int32_t> lengths(static_cast<size_t>(p.batch), static_cast<int32_t>(first));
     p.lengths = lengths.data();
-    STD_TORCH_CHECK(length >= 0, op, ": length must be >= 0, got ", length);
-    check_pages(op, p, length, true);
+    check_pages(op, p, length - first, true);
     Tensor out[2];
     for (Tensor &t : out) t = new_tensor({p.batch, heads, length, D}, dtype);
     const int64_t out_bytes = D * gp_size(type);
@@ -321,10 +317,14 @@ std::tuple<Tensor, Tensor> paged_gather(const Tensor &pages, const std::optional
         for (int64_t i = begin; i < end; i++) {
             const int64_t slot = i % length, g = i / length % heads, b = i / length / heads % p.batch;
             const int part = static_cast<int>(i / length / heads / p.batch);
-            const gp_place at = gp_slot(&layer, p.table(b), part, g, slot);
-            const char *in = static_cast<const char *>(layer.pages) + at.row * gp_size(layer.type);
             char *y = static_cast<char *>(out[part].data_ptr()) +
                       ((b * heads + g) * length + slot) * out_bytes;
+            if (slot < first) {
+                std::memset(y, 0, static_cast<size_t>(out_bytes));
+                continue;
+            }
+            const gp_place at = gp_slot(&layer, p.table(b), part, g, slot);
+            const char *in = static_cast<const char *>(layer.pages) + at.row * gp_size(layer.type);
             if (layer.type == GP_I8) {
                 gp.int8_dequantize_row(reinterpret_cast<const int8_t *>(in),
                                        gp_f16_to_float(layer.scales[at.scale]), 0, D, y, type);
@@ -348,7 +348,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpu_poor, m)
     m.def("paged_attention(Tensor q, Tensor pages, Tensor? scales, Tensor block_table, "
           "Tensor lengths, Tensor? starts, float softmax_scale, int window) -> Tensor");
     m.def("paged_gather(Tensor pages, Tensor? scales, Tensor block_table, int length, "
-          "ScalarType dtype) -> (Tensor, Tensor)");
+          "ScalarType dtype, int first) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpu_poor, CPU, m)

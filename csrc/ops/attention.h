@@ -24,6 +24,11 @@ struct Pages {
                              * scores of a query have in common. NULL: 0 */
 
     int64_t start(int64_t b) const { return starts ? starts[b] : 0; }
+    /* The first slot that a token in `slot` sees. */
+    int64_t visible_from(int64_t b, int64_t slot) const
+    {
+        return window ? std::max(start(b), slot + 1 - window) : start(b);
+    }
     const int32_t *table(int64_t b) const { return block_table + b * table_stride; }
 };
 
@@ -33,8 +38,9 @@ struct Pages {
 Pages pages_of(const char *op, const Tensor &pages, const std::optional<Tensor> &scales,
                const Tensor &block_table, int64_t batch);
 
-/* Throws unless slots [first new one, or the start; lengths + T) of each sequence lie in pages there
- * are. Not for use inside a parallel region; append and attend rely on it. */
+/* Throws unless slots [first new one, or the first that it sees; lengths + T) of each sequence lie in
+ * pages there are. Entries of the table before those, of pages that were given back, are not read.
+ * Not for use inside a parallel region; append and attend rely on it. */
 void check_pages(const char *op, const Pages &pages, int64_t T, bool appends);
 
 /* Quantize and store; a parallel region of its own if there is enough to do. */
@@ -61,7 +67,6 @@ class Attention {
         int64_t begin, end;
     };
     static Range chunks(const Pages &pages, int64_t b, int64_t T);
-    static int64_t visible_from(const Pages &pages, int64_t b, int64_t slot);
 
     Pages pages_;
     const float *q_;

@@ -168,11 +168,13 @@ class Arena {
         first_.lengths = of_sequences("lengths", lengths);
         if (starts) first_.starts = of_sequences("starts", *starts);
     }
-    /* That T more tokens of each sequence have their places. */
-    void check(int64_t T) const
+    /* That T more tokens of each sequence have their places, and what layers of such a window see. */
+    void check(int64_t T, int64_t window) const
     {
-        check_pages(op_, first_, T, true);
-        check_pages(op_, first_, T, false);
+        Pages pages = first_;
+        pages.window = window;
+        check_pages(op_, pages, T, true);
+        check_pages(op_, pages, T, false);
     }
     Pages layer(int64_t i, int64_t window) const
     {
@@ -200,6 +202,17 @@ class Arena {
     Pages first_ = {};
 };
 
+/* How far back any of them sees; 0: to the start. */
+int64_t widest(const std::vector<Block> &blocks)
+{
+    int64_t window = 0;
+    for (const Block &block : blocks) {
+        if (!block.window) return 0;
+        window = std::max(window, block.window);
+    }
+    return window;
+}
+
 Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tensor &layout,
                     const Tensor &numbers, const std::optional<Tensor> &cosine,
                     const std::optional<Tensor> &sine, const Tensor &pages,
@@ -224,7 +237,7 @@ Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tenso
                         block.D);
     }
     reader.end();
-    arena.check(x.T);
+    arena.check(x.T, widest(blocks));
     Result y(x, {x.B, x.T, x.E});
     for (int64_t i = 0; x.M && i < arena.layers; i++) {
         const Block &block = blocks[static_cast<size_t>(i)];

@@ -19,7 +19,6 @@ from gpu_poor.fusion.decoders import (
     decoder_binding_of,
     decoder_class,
     decoder_of,
-    generating_class,
 )
 
 __all__ = ["ARCHITECTURES", "Explanation", "Path", "explain", "fuse", "unfuse"]
@@ -29,7 +28,11 @@ def fused_type(cls: type) -> type:
     """What an object of a class of transformers becomes: itself if there is nothing to fuse."""
     if cls.__name__ in ARCHITECTURES:
         return fused_class(cls)
-    return decoder_class(cls) if cls.__name__ in DECODERS else generating_class(cls)
+    if cls.__name__ in DECODERS:
+        return decoder_class(cls)
+    from gpu_poor.kv_cache.generating import generating_class
+
+    return generating_class(cls)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -55,9 +58,12 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Let all blocks run as they were written; in place. Not fused: nothing happens."""
+    """Let all blocks run as they were written; in place. Not fused: nothing happens.
+
+    A cache that ``use_paged_kv_cache_if_available`` has set up stays.
+    """
     for module in model.modules():
-        if original(type(module)) is not type(module):
+        if original(type(module)) is not type(module) and "_gp_kv_pool" not in module.__dict__:
             module.__class__ = original(type(module))
             for name in (BINDING, LAST):
                 module.__dict__.pop(name, None)

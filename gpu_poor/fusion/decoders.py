@@ -7,7 +7,6 @@ norms what comes. In all other cases it is the model's own, which calls the bloc
 """
 
 import functools
-import math
 import sys
 
 import torch
@@ -30,8 +29,6 @@ from gpu_poor.fusion.blocks import (
 #: New tokens of a sequence up to which a call is a step: beyond, torch's flash kernel is faster
 #: than ours, which reads the pages again for each.
 FEW_TOKENS = 8
-#: Tokens to a page of the cache that generate makes.
-PAGE_SIZE = 64
 #: Arguments that a step knows.
 _KNOWN = {
     "input_ids",
@@ -210,59 +207,3 @@ def decoder_class(cls: type) -> type:
             "_gp_entry": entry_of(cls, DECODERS),
         },
     )
-
-
-# -- generate -------------------------------------------------------------------------------------
-
-
-def _prepare_cache(
-    self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *rest
-):
-    """In place of a dynamic cache one in pages, of the model's own dtype: exact."""
-    base = original(type(self))._prepare_cache_for_generation
-    given = model_kwargs.get("past_key_values") is not None
-    args = generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *rest
-    result = base(self, *args)
-    if given or not generation_config.use_cache or generation_config.cache_implementation:
-        return result
-    copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    made = model_kwargs.get("past_key_values")
-    if (cache := _paged(self, made, batch_size * copies, max_cache_length)) is not None:
-        model_kwargs["past_key_values"] = cache
-    return result
-
-
-def _paged(model: nn.Module, made, sequences: int, tokens: int):
-    """A cache in pages for a model that would have the cache ``made``; None where that is to stay.
-
-    Its arena is for the longest sequences the model was made for, so that a conversation may go on
-    in it; memory that is not written to is not taken.
-    """
-    from transformers import DynamicCache
-
-    from gpu_poor import attention, kv_cache, memory
-
-    formats = {dtype: name for name, dtype in kv_cache.FORMATS.items()}
-    # None: transformers before 5.10 leaves it to the model's forward to make one.
-    usual = made is None or type(made) is DynamicCache
-    if not usual or model.dtype not in formats or attention.unsuitable(model):
-        return None
-    config = model.config.get_text_config(decoder=True)
-    room = int(kv_cache.SHARE_OF_AVAILABLE * memory.available())
-    heads, head_dim = memory.kv_shape(config)
-    token = len(memory.layer_windows(config)) * 2 * heads * head_dim * model.dtype.itemsize
-    page = PAGE_SIZE * token
-    pages = sequences * math.ceil(tokens / PAGE_SIZE)
-    if pages * page > room:
-        return None
-    longest = max(tokens, getattr(config, "max_position_embeddings", None) or 0)
-    wanted = sequences * math.ceil(longest / PAGE_SIZE) * page
-    pool = kv_cache.PagePool(model, formats[model.dtype], min(wanted, room), PAGE_SIZE)
-    return kv_cache.PagedKVCache(pool)
-
-
-@functools.cache
-def generating_class(cls: type) -> type:
-    """The subclass that a model with ``generate`` becomes when it has fused blocks."""
-    method = functools.wraps(cls._prepare_cache_for_generation)(_prepare_cache)
-    return subclass(cls, {"_prepare_cache_for_generation": method})

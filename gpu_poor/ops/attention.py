@@ -9,6 +9,7 @@ tokens, H query heads, D head dim.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_poor import isa
@@ -98,10 +99,12 @@ def _check_attention(q, pages, scales, block_table, lengths, starts, window) -> 
         _check_integers(op, "starts", starts, q.shape[0])
 
 
-def _check_gather(pages, scales, block_table, length, dtype) -> None:
+def _check_gather(pages, scales, block_table, length, dtype, first) -> None:
     _check_layer("paged_gather", pages, scales)
     _check_integers("paged_gather", "block_table", block_table, block_table.shape[0], 2)
-    torch._check(length >= 0, lambda: f"paged_gather: length must be >= 0, got {length}")
+    torch._check(
+        0 <= first <= length, lambda: f"paged_gather: slots {first} to {length} can't be gathered"
+    )
     common.check_float("paged_gather", "dtype", dtype)
 
 
@@ -145,16 +148,16 @@ def _append_torch(pages, scales, k, v, block_table, lengths, shift) -> None:
             scales[page, part, :, place] = scale
 
 
-def _gather_torch(pages, scales, block_table, length, dtype) -> tuple[Tensor, Tensor]:
-    _check_gather(pages, scales, block_table, length, dtype)
-    at = torch.arange(length, device=pages.device).expand(block_table.shape[0], length)
-    page, place = _slots(pages, block_table, at)
+def _gather_torch(pages, scales, block_table, length, dtype, first=0) -> tuple[Tensor, Tensor]:
+    _check_gather(pages, scales, block_table, length, dtype, first)
+    at = torch.arange(first, length, device=pages.device)
+    page, place = _slots(pages, block_table, at.expand(block_table.shape[0], -1))
     parts = []
     for part in range(2):
         x = pages[page, part, :, place].float()  # [B, L, kv_heads, D]
         if scales is not None:
             x = x * scales[page, part, :, place].float()[..., None]
-        parts.append(x.to(dtype).transpose(1, 2).contiguous())
+        parts.append(F.pad(x.to(dtype).transpose(1, 2), (0, 0, first, 0)).contiguous())
     return parts[0], parts[1]
 
 
@@ -164,7 +167,8 @@ def _attention_torch(
     _check_attention(q, pages, scales, block_table, lengths, starts, window)
     batch, tokens, heads, d = q.shape
     length = int(lengths.max()) if batch else 0
-    k, v = _gather_torch(pages, scales, block_table, length, torch.float32)
+    first = max(0, int(lengths.min()) - tokens + 1 - window) if batch and window else 0
+    k, v = _gather_torch(pages, scales, block_table, length, torch.float32, first)
     group = heads // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     query = lengths[:, None] - tokens + torch.arange(tokens, device=q.device)  # [B, T]
@@ -205,8 +209,8 @@ def _(q, pages, scales, block_table, lengths, starts, softmax_scale, window):
 
 
 @torch.library.register_fake("gpu_poor::paged_gather")
-def _(pages, scales, block_table, length, dtype):
-    _check_gather(pages, scales, block_table, length, dtype)
+def _(pages, scales, block_table, length, dtype, first):
+    _check_gather(pages, scales, block_table, length, dtype, first)
     shape = (block_table.shape[0], pages.shape[2], length, pages.shape[4])
     return pages.new_empty(shape, dtype=dtype), pages.new_empty(shape, dtype=dtype)
 
@@ -228,7 +232,8 @@ def paged_append(
             ``q = rint(x / scale)``, with the float16 scale of least squared error of 16 between
             ``absmax / 127`` and 6 % more; one with a NaN or an infinity, or
             too large for float16, makes every attention that sees it NaN.
-        block_table: int32 ``[B, max_pages]``, contiguous. lengths: int32 ``[B]``.
+        block_table: int32 ``[B, max_pages]``, contiguous; read from the first new slot's entry on.
+        lengths: int32 ``[B]``.
         shift: float32 ``[kv_heads, D]`` that keys are stored less. The softmax does not see it, if
             all keys of a sequence have it: it takes from all scores of a query the same.
 
@@ -257,7 +262,8 @@ def paged_attention(
         q: ``[B, T, H, D]`` of a float dtype, H a multiple of the pages' kv_heads.
         lengths: int32 ``[B]``, tokens of each sequence, the T included.
         starts: int32 ``[B]``, the first slot that counts (left padding); None: 0.
-        softmax_scale: None: ``D ** -0.5``. window: slots seen, itself included; 0: all.
+        softmax_scale: None: ``D ** -0.5``. window: slots seen, itself included; 0: all. What the
+            block table says of slots that none of the tokens sees is not read.
 
     Returns:
         ``[B, T, H, D]`` of q's dtype, float32 inside; zeros for a token that sees nothing. Query
@@ -278,12 +284,19 @@ def paged_gather(
     block_table: Tensor,
     length: int,
     dtype: torch.dtype = torch.float32,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The first ``length`` keys and values of each sequence as they are stored, in ``dtype``.
 
+    Args:
+        first: the first slot that there is; before it the tables are not read.
+
     Returns:
-        k, v ``[B, kv_heads, length, D]``, contiguous.
+        k, v ``[B, kv_heads, length, D]``, contiguous; 0 before slot ``first``.
+
+    Raises:
+        RuntimeError: a shape or dtype, a short block table, or a page that does not exist.
     """
-    args = (pages, scales, block_table, length, dtype)
+    args = (pages, scales, block_table, length, dtype, first)
     run = _gather_torch if isa.uses_torch() else torch.ops.gpu_poor.paged_gather
     return run(*args)

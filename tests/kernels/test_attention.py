@@ -111,6 +111,38 @@ def test_padding_and_window(isa, window):
 
 
 @pytest.mark.parametrize("dtype", FORMATS.values(), ids=FORMATS)
+def test_pages_outside_of_the_window_are_not_read(isa, dtype):
+    """Nor is what the table says of them, which names no page, on any instruction set."""
+    k, v = torch.randn(2, 2, 290, 2, 24)
+    q = torch.randn(2, 3, 4, 24)
+    pages, scales, table = store(k, v, 16, dtype)
+    length, first = full(2, 290), (290 - 3 + 1 - 40) // 16
+    want = ops.paged_attention(q, pages, scales, table, length, window=40)
+    stored = ops.paged_gather(pages, scales, table, 290)
+    gone = table[:, :first].flatten().long()
+    poison, _ = empty_pages(len(gone), 2, 16, 24, dtype)
+    pages[gone] = poison
+    if scales is not None:
+        scales[gone] = float("nan")
+    table[:, :first] = -1
+    assert_equal(ops.paged_attention(q, pages, scales, table, length, window=40), want)
+    for got, all_of_it in zip(
+        ops.paged_gather(pages, scales, table, 290, first=16 * first), stored, strict=True
+    ):
+        assert_equal(got[:, :, 16 * first :], all_of_it[:, :, 16 * first :])
+        assert not got[:, :, : 16 * first].any()
+    if isa == "torch":
+        return  # which checks shapes only
+    table[1, first] = -1
+    with pytest.raises(RuntimeError, match="sequence 1 has page -1"):
+        ops.paged_attention(q, pages, scales, table, length, window=40)
+    with pytest.raises(RuntimeError, match="sequence 1 has page -1"):
+        ops.paged_gather(pages, scales, table, 290, first=16 * first)
+    with pytest.raises(RuntimeError, match="slots 291 to 290"):
+        ops.paged_gather(pages, scales, table, 290, first=291)
+
+
+@pytest.mark.parametrize("dtype", FORMATS.values(), ids=FORMATS)
 def test_bits_depend_on_the_sequence_only(isa, dtype):
     """Not on page size, batch, padding, how tokens were appended, threads or instruction set."""
     k, v = heavy_tailed(2, 1, 700, 2, 40)

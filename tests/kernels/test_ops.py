@@ -93,8 +93,9 @@ SAMPLES = {
         (Q[:, :0], PAGES, SCALES, TABLE, LENGTHS, None, 0.3, 0),
     ],
     "paged_gather": [
-        (PAGES, SCALES, TABLE, 10, torch.float32),
-        (PAGES.float(), None, TABLE, 0, torch.bfloat16),
+        (PAGES, SCALES, TABLE, 10, torch.float32, 0),
+        (PAGES, SCALES, TABLE, 10, torch.float32, 4),
+        (PAGES.float(), None, TABLE, 0, torch.bfloat16, 0),
     ],
     "channel_stats": [(X,), (X.view(2, 3, 30).bfloat16(),)],
     "gram_": [(torch.zeros(30, 30), X)],
