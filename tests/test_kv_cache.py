@@ -12,6 +12,7 @@ from helpers import assert_equal
 
 pytest.importorskip("transformers")
 
+from pages import NEW, Boom, free, generate, paged  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
 from gpu_poor import attention, memory  # noqa: E402
@@ -20,28 +21,6 @@ from gpu_poor.kv_cache import (  # noqa: E402
     PagePool,
     use_paged_kv_cache_if_available,
 )
-
-NEW = 8
-
-
-def generate(model, ids, **options):
-    """Greedy, a fixed number of tokens; without the prompt."""
-    options = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0) | options
-    if "assistant_model" not in options:
-        options["min_new_tokens"] = options["max_new_tokens"]
-    mask = options.pop("attention_mask", torch.ones_like(ids))
-    return model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
-
-
-def paged(name, format="fp32", page_size=16, kv_memory="20MB", **changes):
-    model = make_model(name, **changes)
-    return use_paged_kv_cache_if_available(model, format, kv_memory, page_size)
-
-
-def free(model) -> bool:
-    model._gp_kv_pool.allocator.check()
-    return model._gp_kv_pool.allocator.n_held == 0
-
 
 #: Whose attention ours is not: the cache works all the same. bart's config does not tell its heads.
 OWN_ATTENTION = {"bloom", "falcon", "gemma2"}
@@ -225,10 +204,6 @@ def test_more_than_fits_is_refused_before_work_starts():
     assert cache.get_seq_length() == 48
 
 
-class Boom(Exception):
-    pass
-
-
 @pytest.mark.parametrize("format", ["fp32", "int8"])
 def test_all_pages_are_free_after_an_exception(format):
     model = paged("llama", format)
@@ -335,18 +310,6 @@ def test_left_padding():
     assert attention.left_padding(torch.tensor([[1, 0, 1]])) is None
     assert attention.left_padding(torch.tensor([[1, 1, 0]])) is None
     assert attention.left_padding(None) is None
-
-
-def test_a_copied_model_has_pages_of_its_own():
-    model = paged("llama", "int8")
-    expected = generate(model, tokens())
-    twin = copy.deepcopy(model)
-    assert twin._gp_kv_pool is not model._gp_kv_pool
-    assert twin._gp_kv_pool.arena.data_ptr() != model._gp_kv_pool.arena.data_ptr()
-    cache = PagedKVCache(model._gp_kv_pool)
-    generate(model, tokens(), past_key_values=cache)
-    assert_equal(generate(twin, tokens()), expected)
-    assert free(twin) and not free(model)
 
 
 def test_memory_is_counted_and_the_planner_knows():

@@ -103,11 +103,12 @@ def _prepare_cache(
     rows = batch_size * max(
         generation_config.num_beams or 1, generation_config.num_return_sequences or 1
     )
-    lengths = max_cache_length, *_prefill(generation_config, model_kwargs, generation_mode)
+    longest = max_cache_length
+    lengths = longest, *_prefill(generation_config, model_kwargs, generation_mode, longest)
     pool = self.__dict__.get(POOL)
     if pool is not None:
         pages = rows * pages_needed(pool.config, pool.page_size, *lengths)
-        pool.require(pages, f"generating {rows} sequences of up to {max_cache_length} tokens")
+        pool.require(pages, f"generating {rows} sequences of up to {longest} tokens")
     elif (pool := _exact_pool(self, model_kwargs.get("past_key_values"), rows, *lengths)) is None:
         return
     cache = PagedKVCache(pool)
@@ -118,12 +119,15 @@ def _prepare_cache(
         made.append(cache)
 
 
-def _prefill(config, model_kwargs: dict, mode) -> tuple[int | None, int | None]:
+def _prefill(config, model_kwargs: dict, mode, longest: int) -> tuple[int | None, int | None]:
     """Tokens of the prompt, and how many of them come at once; None: not known, and all of them."""
-    mask = model_kwargs.get("attention_mask")
-    stepwise = not config.is_assistant and getattr(mode, "value", None) != "assisted_generation"
-    known = stepwise and isinstance(mask, Tensor) and mask.dim() == 2
-    return (mask.shape[1] if known else None), config.prefill_chunk_size
+    if config.is_assistant or getattr(mode, "value", None) == "assisted_generation":
+        return None, None  # several come at once, and some are taken back
+    if config.max_new_tokens:
+        return longest + 1 - config.max_new_tokens, config.prefill_chunk_size
+    given = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
+    lengths = [t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() == 2]
+    return (max(lengths) if lengths else None), config.prefill_chunk_size
 
 
 def _exact_pool(
