@@ -304,6 +304,35 @@ def test_hooks_inside_are_called():
     assert _eager_reason(model) == {None}
 
 
+def test_a_hooked_model_is_not_compared_place_by_place(monkeypatch):
+    """Why nothing can be fused is found out in a fraction of the places that are watched."""
+    model, compared = make("llama"), []
+
+    def unchanged(mappings, keys, values, compare=isa.unchanged):
+        compared.append(len(mappings))
+        return compare(mappings, keys, values)
+
+    monkeypatch.setattr(isa, "unchanged", unchanged)
+    generate(model, tokens(1, 5), new=4)
+    compared.clear()
+    generate(model, tokens(1, 5), new=4)
+    whole = max(compared)
+    hooks = [module.register_forward_hook(lambda *_: None) for module in model.modules()]
+    compared.clear()
+    generate(model, tokens(1, 5), new=4)
+    assert sum(compared) < 4 * whole and "hook" in step_reason(model), compared
+    assert all(n < whole / 8 for n in compared)
+    # A replaced module is found out, hook or not: with the last hook the old one's is gone, too.
+    for hook in hooks:
+        hook.remove()
+    layer = model.model.layers[0].self_attn
+    inner = layer.q_proj.register_forward_hook(lambda *_: None)
+    assert _eager_reason(model) == {None, "a module inside has a hook"}
+    layer.q_proj = copy.deepcopy(model.model.layers[1].self_attn.q_proj)
+    assert _eager_reason(model) == {None}
+    assert inner is not None
+
+
 def test_hooks_on_blocks_are_called():
     model, seen = make("llama"), []
     model.model.layers[0].register_forward_hook(lambda *args: seen.append(1))

@@ -129,5 +129,6 @@ def _path(name: str, module: nn.Module, bound) -> Path:
     cls = original(type(module))
     if cls is type(module):
         return Path(name, cls.__name__, False, "not asked for: gpu_poor.fuse(model)")
+    module.__dict__.pop(BINDING, None)  # behind a hook, what was bound may be out of date
     reason = bound(module).reason
     return Path(name, cls.__name__, reason is None, reason, module.__dict__.get(LAST))

@@ -17,6 +17,8 @@ from gpu_poor.ops.decoder import Column, Gated, NormKind, Number, Qkv
 
 #: What csrc/ops/decoder.cpp reads.
 FORMATS = (formats.Int8, formats.Grouped, formats.Half)
+#: Where transformers' hooks of ``output_attentions`` come from.
+CAPTURING = "transformers.utils.output_capturing"
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -34,7 +36,11 @@ class Watch:
 
     def __init__(self):
         self.places: tuple[list[dict], list[str], list] = ([], [], [])
+        #: Of each module its hooks, and how many places lead there at most.
         self.hooks: list[dict] = []
+        self.before: list[int] = []
+        #: How many places lead to the first module with a hook; None: there is none.
+        self.hooked: int | None = None
         self._seen: set[int] = set()
 
     def read(self, mapping: dict, key: str):
@@ -45,14 +51,37 @@ class Watch:
         return value
 
     def unchanged(self) -> bool:
-        """Whether every place still holds the same object."""
-        return isa.unchanged(*self.places)
+        """Whether every place still holds the same object.
+
+        With a hook inside nothing bound is used: then the places on the way to it are enough, to
+        see that it still is inside.
+        """
+        self.look_for_hooks()
+        if self.hooked is None:
+            return isa.unchanged(*self.places)
+        return isa.unchanged(*(column[: self.hooked] for column in self.places))
+
+    def look_for_hooks(self) -> None:
+        """Set ``hooked``."""
+        self.hooked = None
+        if any(self.hooks):
+            for hooks, n in zip(self.hooks, self.before, strict=True):
+                if hooks and foreign(hooks):
+                    self.hooked = n
+                    return
+
+    def watch_hooks(self, module: nn.Module) -> None:
+        hooks = hooks_of(module)
+        self.hooks += hooks
+        self.before += [len(self.places[0])] * len(hooks)
 
     def join(self, other: "Watch") -> None:
         """Watch what ``other`` does, too."""
+        before = len(self.places[0])
         for mine, more in zip(self.places, other.places, strict=True):
             mine.extend(more)
-        self.hooks.extend(other.hooks)
+        self.hooks += other.hooks
+        self.before += [before + n for n in other.before]
 
     def child(self, module: nn.Module, path: str) -> nn.Module:
         """The submodule at a path; it and those on the way must run as their classes say.
@@ -80,7 +109,7 @@ class Watch:
         if self.read(module.__dict__, "training"):
             raise NotFused("in training mode")
         if hooks:
-            self.hooks += hooks_of(module)
+            self.watch_hooks(module)
 
     def parameter(self, module: nn.Module, name: str) -> Tensor | None:
         return self.read(module._parameters, name)
@@ -109,6 +138,17 @@ class Binding:
 def hooks_of(module: nn.Module) -> list[dict]:
     """Where a module keeps what is called around its forward."""
     return [module.__dict__[name] for name in _HOOKS]
+
+
+def foreign(hooks: dict) -> bool:
+    """Whether there is one that transformers has not left behind for ``output_attentions``.
+
+    Those do nothing in other calls.
+    """
+    for hook in hooks.values():
+        if getattr(hook, "__module__", None) != CAPTURING:
+            return True
+    return False
 
 
 def original(cls: type) -> type:

@@ -8,18 +8,17 @@ was made from, which is what transformers knows classes by, and is pickled as th
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from gpu_poor import ops
 from gpu_poor.fusion.architectures import ARCHITECTURES
-from gpu_poor.fusion.binding import Binding, bind, entry_of, original
+from gpu_poor.fusion.binding import CAPTURING, Binding, bind, entry_of, original
 
 #: Where a module keeps its binding, and why its last call was not fused: in no state_dict or copy.
 BINDING, LAST = "_gp_binding", "_gp_last"
-_CAPTURING = "transformers.utils.output_capturing"
 
 
 def kept(module: nn.Module, bind: Callable[[nn.Module], Binding]) -> Binding:
@@ -27,6 +26,7 @@ def kept(module: nn.Module, bind: Callable[[nn.Module], Binding]) -> Binding:
     binding = module.__dict__.get(BINDING)
     if binding is None or not binding.watch.unchanged():
         binding = module.__dict__[BINDING] = bind(module)
+        binding.watch.look_for_hooks()
     return binding
 
 
@@ -45,29 +45,16 @@ def refusal(binding: Binding, x: Tensor) -> str | None:
         return "gradients are wanted: call it under torch.no_grad()"
     if torch.is_autocast_enabled("cpu"):
         return "autocast"
-    if any(binding.watch.hooks):
-        return hooked(binding, ignored={"hidden_states"})
-    return None
-
-
-def hooked(binding: Binding, ignored: Collection[str] = ()) -> str | None:
-    """Whether a module inside has a hook that would notice that it is not called.
-
-    transformers leaves the hooks of ``output_attentions`` behind, which do nothing in other calls.
-
-    Args:
-        ignored: outputs of transformers that are not taken inside.
-    """
-    ours = (hook for hooks in binding.watch.hooks for hook in hooks.values())
-    if any(getattr(hook, "__module__", None) != _CAPTURING for hook in ours):
+    if binding.watch.hooked is not None:
         return "a module inside has a hook"
-    wanted = captured() - set(ignored)
-    return f"output_{min(wanted)}" if wanted else None
+    if any(binding.watch.hooks) and (wanted := captured() - {"hidden_states"}):
+        return f"output_{min(wanted)}"
+    return None
 
 
 def captured() -> set[str]:
     """What transformers' hooks collect in the call that is running."""
-    capturing = sys.modules.get(_CAPTURING)
+    capturing = sys.modules.get(CAPTURING)
     collector = capturing and capturing._active_collector.get()
     return {name for name in collector or () if not name.startswith("_")}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gpu_poor import ops
 from gpu_poor.fusion.architectures import DECODERS, Architecture
-from gpu_poor.fusion.binding import Binding, NotFused, Watch, entry_of, hooks_of, original
+from gpu_poor.fusion.binding import Binding, NotFused, Watch, entry_of, original
 from gpu_poor.fusion.blocks import (
     LAST,
     binding_of,
@@ -67,7 +67,7 @@ def _bind(model: nn.Module, entry: Architecture, watch: Watch) -> Binding:
         block = watch.read(blocks._modules, str(i))
         binding = binding_of(block)
         watch.join(binding.watch)
-        watch.hooks += hooks_of(block)
+        watch.watch_hooks(block)
         if original(type(block)) is type(block):
             raise NotFused(f"block {i} is not fused")
         if binding.reason:
