@@ -13,8 +13,9 @@ from helpers import assert_equal
 pytest.importorskip("transformers")
 
 from pages import NEW, Boom, free, generate, paged  # noqa: E402
-from transformers import DynamicCache  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache  # noqa: E402
 
+import gpu_poor  # noqa: E402
 from gpu_poor import attention, memory  # noqa: E402
 from gpu_poor.kv_cache import (  # noqa: E402
     PagedKVCache,
@@ -71,6 +72,42 @@ def test_greedy_tokens_depend_on_the_sequence_only(name, format):
         assert pool.allocator.n_held - held <= 2 * -(-(36 + NEW) // page_size)
         del first, second
         assert free(model)
+
+
+@pytest.mark.parametrize("made", ["eager", "quantized", "fused"])
+def test_a_trained_model_says_the_same_however_it_is_asked(made):
+    """On pages of each size, in batches with padding, on shared prefixes; with an assistant."""
+    name = gpu_poor.assets.STORIES260K
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name).eval()
+    if made != "eager":
+        gpu_poor.quantize(model, allow_partial=True, verbose=False, fuse=made == "fused")
+    starts = "Once upon a time", "Lily and Tom", "The dog", "One day, a big red ball was"
+    prompts = [tokenizer(text).input_ids for text in starts]
+    longest, want = max(map(len, prompts)), None
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    for page_size in (64, 16, 256):
+        use_paged_kv_cache_if_available(model, "int8", "40MB", page_size)
+        alone = [generate(model, torch.tensor([p]), max_new_tokens=40) for p in prompts]
+        want = alone if want is None else want
+        assert_equal(torch.cat(alone), torch.cat(want))
+        got = generate(model, ids.repeat(4, 1), attention_mask=mask.repeat(4, 1), max_new_tokens=40)
+        assert_equal(got, torch.cat(want).repeat(4, 1))
+        cache = PagedKVCache(model._gp_kv_pool)
+        story = torch.cat((torch.tensor(prompts[:1]), want[0]), 1)
+        with torch.no_grad():
+            model(input_ids=story[:, :-1], past_key_values=cache)
+        cache.publish(story)
+        other = PagedKVCache(model._gp_kv_pool)
+        cut = story.shape[1] - 8
+        assert other.share_prefix(story[:, :cut]) == (cut - 1) // page_size * page_size
+        got = generate(model, story[:, :cut], past_key_values=other)
+        assert_equal(got, story[:, cut:])
+        del cache, other
+        assert free(model)
+    got = generate(model, story[:, :-40], prompt_lookup_num_tokens=3, max_new_tokens=40)
+    assert_equal(got, want[0])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])

@@ -1,6 +1,6 @@
 """The attention function "gpu_poor" of transformers models: exact, and it never expands heads.
 
-For a cache in pages (gpu_poor/kv_cache.py) few tokens run on our kernel, which reads the pages
+For a cache in pages (gpu_poor/kv_cache/) few tokens run on our kernel, which reads the pages
 where they lie; everything else is torch's flash kernel, without a mask where the order of the
 tokens says it all, and with grouped heads as they are.
 """
