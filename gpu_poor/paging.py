@@ -4,7 +4,8 @@ Pages are numbers here; gpu_poor/kv_cache/ keeps what they hold.
 """
 
 import threading
-from collections import OrderedDict
+import weakref
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 
@@ -24,6 +25,8 @@ class PageAllocator:
         if n_pages < 1:
             raise ValueError(f"n_pages must be >= 1, got {n_pages}")
         self.n_pages, self.lock = n_pages, threading.RLock()
+        #: Everyone who holds pages, weakly, and the rows of them, by their id: for :meth:`recount`.
+        self.tables: dict[int, tuple[weakref.ref, list[list[int]]]] = {}
         self._owners: list[int] = []  # of each page that was ever used
         self._free: list[int] = []
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -125,6 +128,26 @@ class PageAllocator:
 
     def _withdraw(self, page: int) -> None:
         del self._index[self._keys.pop(page)]
+
+    def recount(self) -> None:
+        """Nobody but the rows in ``tables`` holds a page, if who has them is still there.
+
+        So it is already, unless an exception that may come anywhere, as KeyboardInterrupt does,
+        came between two steps of what this class does.
+        """
+        self.tables = {
+            k: (owner, rows) for k, (owner, rows) in self.tables.items() if owner() is not None
+        }
+        held = Counter(page for _, rows in self.tables.values() for row in rows for page in row)
+        known = [(key, entry) for key, entry in self._index.items()]
+        self._index = {key: entry for key, entry in known if self._keys.get(entry[1]) == key}
+        self._keys = {page: key for key, (_, page) in self._index.items()}
+        self._owners = [held[page] for page in range(len(self._owners))]
+        unheld = [page for page, owners in enumerate(self._owners) if not owners]
+        order = [page for page in self._idle if page in self._keys and not self._owners[page]]
+        order += [page for page in unheld if page in self._keys]
+        self._idle = OrderedDict.fromkeys(order)
+        self._free = [page for page in unheld if page not in self._keys]
 
     def check(self) -> None:
         """Raises AssertionError unless every page is held, idle or free, exactly one of them."""

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import sys
 import threading
 
 import pytest
@@ -166,6 +167,56 @@ def test_an_exception_frees_the_pages_though_its_traceback_is_kept(made, where, 
             gc.enable()
             hook.remove()
         assert generate(model, tokens()).shape[0] == len(tokens())
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before the n-th line that runs of the cache's own code."""
+
+    def __init__(self, n: int):
+        self.left = n
+
+    def __call__(self, frame, event, arg):
+        name = frame.f_code.co_filename.replace("\\", "/")
+        return self.line if name.endswith(("kv_cache/sequences.py", "gpu_poor/paging.py")) else None
+
+    def line(self, frame, event, arg):
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self.line
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_interrupt_between_any_two_lines_loses_no_page(beams):
+    model = paged("phi3", page_size=4, sliding_window=8)
+    kept = PagedKVCache(model._gp_kv_pool)
+    ids, shared = tokens(1, 14), tokens(2, 9)
+    kept.activate_past_recording()
+    generate(model, shared, past_key_values=kept)
+    held, before = model._gp_kv_pool.allocator.n_held, sys.gettrace()
+    n = 0
+    while True:
+        n += 1 + n // 40  # each of the first, then more thinly
+        interrupt = Interrupt(n)
+        sys.settrace(interrupt)
+        try:
+            generate(model, ids, num_beams=beams, max_new_tokens=6)
+            raised = False
+        except KeyboardInterrupt:
+            raised = True
+        finally:
+            sys.settrace(before)
+        if not raised:  # Python swallows it in a finalizer: they are free when they are wanted
+            model._gp_kv_pool.allocator.recount()
+        model._gp_kv_pool.allocator.check()
+        assert model._gp_kv_pool.allocator.n_held == held, n
+        if interrupt.left > 0:
+            break
+    assert n > 300
+    del kept
+    assert free(model)
 
 
 def test_a_given_cache_is_its_owners_after_an_exception():

@@ -81,6 +81,9 @@ def generate(self, *args, **kwargs):
         return original(type(self)).generate(self, *args, **kwargs)
     except BaseException:
         for cache in made:
+            with cache.pool.allocator.lock:
+                cache.sequences.rows.clear()
+                cache.pool.allocator.recount()
             cache.reset()
         raise
     finally:

@@ -131,6 +131,9 @@ class PagePool:
 
     def require(self, n_pages: int, what: str) -> None:
         """Raises MemoryError unless so many pages can be had."""
+        if n_pages > self.allocator.n_free:
+            with self.allocator.lock:
+                self.allocator.recount()
         free, pages = self.allocator.n_free, self.allocator.n_pages
         if n_pages > free:
             raise MemoryError(

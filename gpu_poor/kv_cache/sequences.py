@@ -30,6 +30,7 @@ class Sequences:
         self.starts: Tensor | None = None
         self.handed_out: int | None = None  # layer whose keys its attention has not asked for yet
         self._lengths: dict[int, Tensor] = {}
+        pool.allocator.tables[id(self.rows)] = weakref.ref(self), self.rows
         weakref.finalize(self, _release_all, pool.allocator, self.rows).atexit = False
 
     def lengths(self, tokens: int) -> Tensor:
@@ -104,10 +105,10 @@ class Sequences:
         allocator = self.pool.allocator
         for row, i in written:
             if not allocator.writable(row[i]):
-                shared = row[i]
-                (row[i],) = allocator.allocate(1)
-                allocator.release([shared])  # others hold it, or can find it: it stays as it is
-                self.pool.copy([shared], [row[i]])
+                (page,) = allocator.allocate(1)
+                self.pool.copy([row[i]], [page])
+                shared, row[i] = row[i], page
+                allocator.release([shared])
 
     def keep(self, tokens: int) -> None:
         """Release the pages beyond so many tokens.
@@ -186,6 +187,7 @@ class Sequences:
 
 def _release_all(allocator: PageAllocator, rows: list[list[int]]) -> None:
     with allocator.lock:
-        for row in rows:
-            allocator.release(row)
+        if allocator.tables.pop(id(rows), None) is not None:  # else they were counted already
+            for row in rows:
+                allocator.release(row)
         rows.clear()
