@@ -174,7 +174,8 @@ def ablated(shape: str, args) -> list[dict]:
         row = {"shape": shape, "context": context, "name": name,
                "weight_bytes": model_bytes(models[name]),
                "kv_bytes": gpu_poor.memory.kv_cache_bytes(models[name], context + tokens),
-               "first_token_s": timing.summary(first), "seconds": timing.summary(decode)}  # fmt: skip
+               "first_token_s": timing.summary(first),
+               "seconds": timing.summary(decode)}  # fmt: skip
         for key, i in (("first_token_over_fp32", 0), ("over_fp32", 1)):
             row[key] = timing.summary(timing.ratios(measured["fp32"][i], measured[name][i]))
         row["smaller"] = _bytes(rows[0] if rows else row) / _bytes(row)
