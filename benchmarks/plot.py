@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Iterator
 from html import escape
 
+from benchmarks.report_tables import named
+
 PANEL, MARGIN, COLUMNS = (380, 250), (62, 34, 16, 44), 2  # left, top, right, bottom
 #: Strategy -> colour; those that need data are drawn solid.
 SERIES = {
@@ -144,7 +146,7 @@ def speeds(name: str, rows: list[dict]) -> Iterator[str]:
         x = left + w * math.log2(context / ticks[0]) / span
         return f"{x:.1f}", f"{top + h * (1 - speed / (n_steps * step)):.1f}"
 
-    yield f'<text x="{left}" y="{top - 12}" font-size="13">{escape(name)}</text>'
+    yield f'<text x="{left}" y="{top - 12}" font-size="13">{escape(named(name))}</text>'
     for tick in ticks:
         x, _ = at(tick, 0)
         yield f'<path d="M{x} {top}V{top + h}" stroke="#e4e4e4"/>'

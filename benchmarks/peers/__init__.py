@@ -60,6 +60,13 @@ def contenders(names: tuple[str, ...] = DEFAULT) -> dict[str, str]:
     return found
 
 
+def environment(name: str) -> dict[str, str]:
+    """What the process of ``module:variant`` has set; of an unknown one nothing: it says so."""
+    module, _, variant = name.partition(":")
+    own = getattr(load(module), "environment", None) if module in MODULES else None
+    return own(variant) if own else {}
+
+
 def install(module: str) -> None:
     """Download and build one peer. pip's output goes to the terminal."""
     peer = load(module)

@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 
 from benchmarks import timing
-from benchmarks.peers import ROOT, load
+from benchmarks.peers import ROOT, environment, load
 from benchmarks.peers.runner import Plan
 
 BASELINES = ("torch_fp32", "torch_bf16", "llama_cpp:q8_0", "llama_cpp:q4_0", "llama_cpp_avx2:q8_0")
@@ -25,13 +25,11 @@ class Worker:
     def __init__(self, name: str, shape: str, threads: int, timeout_s: float = 400):
         self.name, self.error, self.info, self.timeout_s = name, "", {}, timeout_s
         start = time.perf_counter()
-        module, _, variant = name.partition(":")
-        environment = getattr(load(module), "environment", lambda variant: {})(variant)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.peers.worker", name, shape, str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads),
-                                        "TOKENIZERS_PARALLELISM": "false"} | environment,
+                                        "TOKENIZERS_PARALLELISM": "false"} | environment(name),
         )  # fmt: skip
         os.set_blocking(self.process.stderr.fileno(), False)
         self.info = self._read() or {}
