@@ -11,6 +11,7 @@ finished block are let go of if they lie in the checkpoint's.
 """
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from gpu_poor import memory, ops
 from gpu_poor.blocks import Answers, Blocks
 from gpu_poor.chains import find_chains
 from gpu_poor.folds import Decided, Fold, folds_for, tied_modules
-from gpu_poor.modules import evaluating, hooked, not_finite, put
+from gpu_poor.modules import Reached, evaluating, hooked, not_finite, put
 from gpu_poor.nn.base import Stored, quantize_rows
 from gpu_poor.nn.linear import INPUT_SCALE
 from gpu_poor.ops.common import correction_dtype
@@ -427,10 +428,6 @@ class _BlockWork:
         return stored
 
 
-class _Reached(Exception):
-    """The hook that was waited for has run: nothing after it is of interest."""
-
-
 def _input_of(
     stream: _Stream, i: int, block: nn.Module, name: str, hidden: Tensor, batch: int
 ) -> Tensor | None:
@@ -439,13 +436,8 @@ def _input_of(
 
     def hook(module, args):
         found.append(args[0])
-        raise _Reached
+        raise Reached
 
-    handle = block.get_submodule(name).register_forward_pre_hook(hook)
-    try:
+    with suppress(Reached), hooked([block.get_submodule(name).register_forward_pre_hook(hook)]):
         stream.call(block, i, hidden, batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
     return found[0].reshape(-1, found[0].shape[-1]) if found else None
