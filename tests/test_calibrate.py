@@ -180,14 +180,16 @@ def test_padding_is_left_out():
     assert_equal(logits(models[0]), logits(models[1]))
 
 
-def test_calibration_is_worth_it():
-    data, errors = rows(*[60] * 20), []
+@pytest.mark.parametrize("seed", [3, 4])
+def test_calibration_is_worth_it(seed):
+    data, errors = rows(*[60] * 60, seed=seed), []
     for options in ({}, {"sample_inputs": data}):
         model = make_model("llama")
         expected = logits(model)
         quantize(model, overrides=BLOCKS, verbose=False, **options)
         errors.append(float((logits(model) - expected).square().mean()))
-    assert errors[1] < 0.8 * errors[0]  # 0.53 to 0.73, by the number of threads and rounding errors
+    # 0.27 to 0.43, by seed, instruction set and threads; on a third of the text 0.53 to 0.73.
+    assert errors[1] < 0.6 * errors[0]
 
 
 def test_the_receipt_says_on_how_much_and_too_little_comes_with_a_warning(recwarn):
