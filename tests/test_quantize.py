@@ -715,7 +715,7 @@ def test_a_failing_attach_is_undone(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("step", ["gpu_poor.hf.describe", "gpu_poor.quantize.make_receipt"])
+@pytest.mark.parametrize("step", ["gpu_poor.hf_attach.describe", "gpu_poor.quantize.make_receipt"])
 @pytest.mark.parametrize("name", ["llama-tied", "olmo"])
 def test_a_failure_after_the_swap_is_undone(name, step, error, monkeypatch):
     import gpu_poor.hf  # noqa: F401 - monkeypatch looks it up
