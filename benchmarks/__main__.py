@@ -24,8 +24,14 @@ PARTS = {
     "planning": ["benchmarks.planning"],
     "calibration": ["benchmarks.calibration"],
     "memory": ["benchmarks.memory"],
+    "attention": ["benchmarks.attention"],
+    "decode": ["benchmarks.decode"],
     "peers": ["benchmarks.peers", "run"],
-}
+    "peers_avx2": [
+        "benchmarks.peers", "run", "--peers", "gpu_poor:int8-a8-avx2", "llama_cpp_avx2:q8_0",
+        "--shapes", "gpt2-large", "tinyllama-1.1b",
+    ],
+}  # fmt: skip
 
 
 def is_done(out: Path, commit: str) -> bool:
@@ -59,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             command += ["--models", str(args.models), "--data", str(args.data)]
         if args.quick:
             command.append("--quick")
-            if part == "peers":
+            if part.startswith("peers"):
                 command += ["--shapes", "tiny-llama", "--rounds", "2"]
         if not (args.force or args.quick) and is_done(folder / f"{part}.json", commit):
             print(f"{part}: measured at this commit already", file=sys.stderr)

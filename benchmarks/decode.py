@@ -1,26 +1,30 @@
-"""Where a token's time goes: decode through ``generate``, fused blocks against eager ones.
+"""Decode through ``generate``: how close to the read stream, and where a token's time goes.
 
-``python -m benchmarks.decode [--shapes ...] [--bits 8] [--threads 2] [--busy]``. Published shapes
-with random weights, batch 1. Fused and eager take turns in one process, on the same weights; the
-step's C call and the head are timed inside of the fused one, what is left is Python. The bound is
-what reading every weight once takes at the best read loop of this machine, measured in between.
-With ``--busy`` another process keeps one core busy, and the quiet figure is measured beside it.
+``python -m benchmarks.decode [--shapes ...] [--bits 8 4] [--threads 2] [--quick]``. Published
+shapes with random weights, batch 1. Ways of one shape take turns in one process: fused blocks of
+each format, the same int8 weights unfused, transformers in float32. The bound is what reading every
+weight once takes at the read stream measured in the same round; the step's C call and the head are
+timed inside of the fused way, what is left is Python. Then another process keeps one core busy.
+After that: speed over context length, an ablation and a timeline (benchmarks/decode_contexts.py).
 """
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 import gpu_poor
-from benchmarks import machine, shapes, timing
+from benchmarks import decode_contexts, machine, shapes, timing
 from benchmarks.peers.runner import TransformersRunner
 from gpu_poor import ops
+
+SHAPES = ("gpt2", "gpt2-large", "tinyllama-1.1b")
 
 
 class Spans:
@@ -55,7 +59,10 @@ class Spans:
             self.seconds["step"].append(time.perf_counter() - start)
 
     def median(self, name: str) -> float:
-        return statistics.median(self.seconds[name]) if self.seconds[name] else float("nan")
+        """Raises ValueError if the fused path never ran: its figures would be another path's."""
+        if not self.seconds[name]:
+            raise ValueError(f"no {name} was timed: {gpu_poor.explain(self._model)}")
+        return statistics.median(self.seconds[name])
 
 
 def _spin(stop) -> None:
@@ -91,92 +98,108 @@ def touched(model) -> int:
     return sum(seen.values())
 
 
-def measure(shape: str, args) -> dict:
-    """One shape: seconds a token of each path in each round, and of the parts of the fused one."""
-    model = gpu_poor.quantize(
-        shapes.build(shape), args.bits, activation=args.activation, verbose=False, fuse=True
-    )
-    runner = TransformersRunner(model, 0)
+def ways(shape: str, args) -> dict[str, nn.Module]:
+    """The models of a shape by name: ``int8``, ``int4``, ``int8 unfused``, ``fp32``."""
+    models = {}
+    for bits in args.bits:
+        model = gpu_poor.quantize(
+            shapes.build(shape), bits, activation=args.activation, verbose=False, fuse=True
+        )
+        models[f"int{bits}"] = model
+        if bits == 8:
+            models["int8 unfused"] = gpu_poor.unfuse(decode_contexts.twin(model))
+    return models | {"fp32": shapes.build(shape)}
 
-    def fused():
-        return runner.generate(args.prompt, args.tokens + 1)[1]
 
-    def eager():
-        gpu_poor.unfuse(model)
-        try:
-            return runner.generate(args.prompt, args.tokens + 1)[1]
-        finally:
-            gpu_poor.fuse(model)
+def measure(shape: str, args, stream: machine.Stream) -> dict:
+    """One shape: seconds a token of each way, and of the parts of the fused ones."""
+    models = ways(shape, args)
+    runners = {name: TransformersRunner(model, 0) for name, model in models.items()}
+    spans = {name: Spans(model) for name, model in models.items() if name in _fused(args)}
 
-    ways = {"fused": fused} if args.only_fused else {"fused": fused, "eager": eager}
-    for way in ways.values():
-        way()
-    samples = {name: [] for name in ways}
-    spans = Spans(model)
+    def decode(name: str) -> float:
+        return runners[name].generate(args.prompt, args.tokens + 1)[1]
+
+    for name in models:
+        decode(name)
+    samples: dict[str, list[float]] = {name: [] for name in models}
+    rates = []
     for r in range(args.rounds):
-        for name in list(ways)[:: 1 if r % 2 == 0 else -1]:
-            with spans if name == "fused" else contextlib.nullcontext():
-                samples[name].append(ways[name]())
-    if args.busy:
-        with busy_core():
-            samples["busy"] = [fused() for _ in range(args.rounds)]
-    step, head = spans.median("step"), spans.median("head")
-    n_bytes = touched(model)
-    result = {
-        "shape": shape,
-        "bytes": n_bytes,
-        "seconds": {name: timing.summary(values) for name, values in samples.items()},
-        "step_s": step,
-        "head_s": head,
-        "python_s": statistics.median(samples["fused"]) - step - head,
-        "explained": str(gpu_poor.explain(model)),
-    }
-    if "busy" in samples:
-        result["kept_when_busy"] = timing.summary(timing.ratios(samples["fused"], samples["busy"]))
-    return result
+        rates.append(1e9 * stream.gb_s())
+        for name in list(models)[:: 1 if r % 2 == 0 else -1]:
+            with spans.get(name, contextlib.nullcontext()):
+                samples[name].append(decode(name))
+    with busy_core():
+        busy = {name: [decode(name) for _ in range(args.rounds)] for name in spans}
+    rows = []
+    for name, seconds in samples.items():
+        row = {"name": name, "bytes": touched(models[name]), "seconds": timing.summary(seconds),
+               "samples": seconds}  # fmt: skip
+        row["of_stream"] = timing.summary(
+            [row["bytes"] / s / rate for s, rate in zip(seconds, rates, strict=True)]
+        )
+        for base in ("fp32", "int8"):
+            if base in samples:
+                row[f"over_{base}"] = timing.summary(timing.ratios(samples[base], seconds))
+        if name in spans:
+            row["step_s"], row["head_s"] = map(spans[name].median, ("step", "head"))
+            row["python_s"] = row["seconds"]["median"] - row["step_s"] - row["head_s"]
+            row["kept_when_busy"] = timing.summary(timing.ratios(seconds, busy[name]))
+        rows.append(row)
+    return {"shape": shape, "stream_gb_s": timing.summary(rates)["median"] / 1e9, "rows": rows}
 
 
-def report(result: dict, read_gb_s: float) -> str:
-    bound = result["bytes"] / 1e9 / read_gb_s
-    seconds = {name: s["median"] for name, s in result["seconds"].items()}
-    parts = [f"{name} {1e3 * s:.2f} ms" for name, s in seconds.items()]
-    parts.append(
-        f"of the fused: step {1e3 * result['step_s']:.2f}, head {1e3 * result['head_s']:.2f}, "
-        f"the rest {1e3 * result['python_s']:.2f}"
-    )
-    parts.append(f"bound {1e3 * bound:.2f} ms ({100 * bound / seconds['fused']:.0f} %)")
-    if "kept_when_busy" in result:
-        parts.append(f"busy core: {100 * result['kept_when_busy']['median']:.0f} % of the speed")
-    return f"{result['shape']}: " + "; ".join(parts)
+def _fused(args) -> list[str]:
+    return [f"int{bits}" for bits in args.bits]
+
+
+def report(shape: str, row: dict) -> str:
+    parts = [f"{1e3 * row['seconds']['median']:.2f} ms, {row['of_stream']['median']:.0%} of the "
+             f"stream, {row['over_fp32']['median']:.2f} x fp32"]  # fmt: skip
+    if "step_s" in row:
+        step, head, rest = (1e3 * row[key] for key in ("step_s", "head_s", "python_s"))
+        parts.append(f"step {step:.2f}, head {head:.2f}, the rest {rest:.2f}")
+        parts.append(f"with a busy core {row['kept_when_busy']['median']:.0%} of the speed")
+    return f"{shape} {row['name']}: " + "; ".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", default=["gpt2", "gpt2-large", "tinyllama-1.1b"])
-    parser.add_argument("--bits", type=int, default=8, choices=(4, 8, 16))
+    parser.add_argument("--shapes", nargs="*", default=SHAPES)
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4], choices=(4, 8))
     parser.add_argument("--activation", default="a16", choices=ops.ACTIVATIONS)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--only-fused", action="store_true")
-    parser.add_argument("--busy", action="store_true", help="and with another process on one core")
-    parser.add_argument("--read-gb-s", type=float, help="the read stream, if it is known")
-    parser.add_argument("--json", help="where to write the record; default: nowhere")
+    decode_contexts.add_arguments(parser)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, 2 rounds")
+    parser.add_argument("--json", help="default: benchmarks/results/decode.json")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.shapes, args.rounds, args.tokens = ["tiny-gpt2", "tiny-llama"], 2, 8
+        decode_contexts.make_quick(args)
     torch.set_num_threads(args.threads)
-    stream = args.read_gb_s
-    if stream is None:
-        loops = machine.Stream(machine.cold_buffer(1.1), args.threads)
-        stream = max(loops.tune().values())
-    print(f"read stream {stream:.1f} GB/s, {args.threads} threads, {args.bits} bits", flush=True)
-    record = {"header": machine.header(args.threads), "read_gb_s": stream, "shapes": []}
+    torch.manual_seed(0)
+    stream = machine.Stream(machine.cold_buffer(1.1), args.threads)
+    record = {"header": machine.header(args.threads), "complete": False,
+              "stream_gb_s": max(stream.tune().values()), "shapes": []}  # fmt: skip
     for shape in args.shapes:
-        record["shapes"].append(measure(shape, args))
-        print(report(record["shapes"][-1], stream), flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(record | {"options": vars(args)}, file, indent=1)
+        record["shapes"].append(measure(shape, args, stream))
+        for row in record["shapes"][-1]["rows"]:
+            print(report(shape, row), flush=True)
+        machine.save(record, args.json, "decode.json")
+    del stream
+    parts: dict[str, Callable] = {
+        "contexts": decode_contexts.contexts,
+        "ablation": decode_contexts.ablation,
+        "timeline": decode_contexts.timeline,
+    }
+    for name, measured in parts.items():
+        record[name] = measured(args)
+        machine.save(record, args.json, "decode.json")
+    record["complete"] = True
+    machine.save(record, args.json, "decode.json")
     return 0
 
 

@@ -1,12 +1,15 @@
-"""KL divergence over stored bits per weight, one panel a model, as SVG written by hand.
+"""Pictures as SVG written by hand, one panel a model: KL divergence over stored bits per weight,
+and tokens per second over context length.
 
 No plotting library: the file is a text that the same figures always make the same, so that
 ``report --check`` can compare it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
+
+from benchmarks.report_tables import named
 
 PANEL, MARGIN, COLUMNS = (380, 250), (62, 34, 16, 44), 2  # left, top, right, bottom
 #: Strategy -> colour; those that need data are drawn solid.
@@ -26,19 +29,23 @@ def svg(rows: list[dict]) -> str:
     rows = [r for r in rows if r["variant"] == "plain" and tuple(r["strategy"]) in SERIES]
     names = list(dict.fromkeys(row["model"] for row in rows))
     lines = -(-len(names) // COLUMNS)
-    width, height = COLUMNS * PANEL[0], lines * PANEL[1] + 46
+    height = lines * PANEL[1] + 46
+    panels = [panel(name, [row for row in rows if row["model"] == name]) for name in names]
+    return picture(panels, legend(lines * PANEL[1] + 14), height)
+
+
+def picture(panels: list[Iterable[str]], below: Iterable[str], height: int) -> str:
+    """Panels in columns, and what is below them."""
+    width = COLUMNS * PANEL[0]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="11">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
-    for i, name in enumerate(names):
+    for i, shapes in enumerate(panels):
         x, y = i % COLUMNS * PANEL[0], i // COLUMNS * PANEL[1]
-        parts.append(f'<g transform="translate({x} {y})">')
-        parts += panel(name, [row for row in rows if row["model"] == name])
-        parts.append("</g>")
-    parts += legend(lines * PANEL[1] + 14)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        parts += [f'<g transform="translate({x} {y})">', *shapes, "</g>"]
+    return "\n".join([*parts, *below, "</svg>"]) + "\n"
 
 
 def panel(name: str, rows: list[dict]) -> Iterator[str]:
@@ -98,3 +105,63 @@ def legend(y: int) -> Iterator[str]:
 
 def calibrated(strategy: tuple[str, ...]) -> bool:
     return bool({"gptq", "awq", "smoothquant"} & set(strategy))
+
+
+# -- tokens per second over context length -----------------------------------------------------
+
+WAYS = {
+    "transformers fp32": "#8a8a8a",
+    "int8, dynamic cache": "#b07d2b",
+    "int8, fp16 pages": "#1f6fb4",
+    "int8, int8 pages": "#111111",
+}
+
+
+def contexts_svg(rows: list[dict]) -> str:
+    """The picture of a decode record's contexts."""
+    names = list(dict.fromkeys(row["shape"] for row in rows))
+    lines = -(-len(names) // COLUMNS)
+    panels = [speeds(name, [row for row in rows if row["shape"] == name]) for name in names]
+    below = lines * PANEL[1] + 14
+    keys = (
+        f'<path d="M{20 + 185 * i} {below - 4}h22" stroke="{colour}" stroke-width="2"/>'
+        f'<text x="{48 + 185 * i}" y="{below}">{way}</text>'
+        for i, (way, colour) in enumerate(WAYS.items())
+    )
+    return picture(panels, keys, below + 16)
+
+
+def speeds(name: str, rows: list[dict]) -> Iterator[str]:
+    """Axes and lines of one shape: contexts on a logarithmic scale, tokens per second from 0."""
+    left, top, right, bottom = MARGIN
+    w, h = PANEL[0] - left - right, PANEL[1] - top - bottom
+    ticks = sorted({row["context"] for row in rows})
+    most = max(1 / row["seconds"]["median"] for row in rows)
+    power = 10 ** math.floor(math.log10(most))
+    step = next(power * f for f in (2, 1, 0.5, 0.2) if most >= 4 * power * f)
+    n_steps = math.ceil(most / step)
+    span = max(1e-9, math.log2(ticks[-1] / ticks[0]))
+
+    def at(context: int, speed: float) -> tuple[str, str]:
+        x = left + w * math.log2(context / ticks[0]) / span
+        return f"{x:.1f}", f"{top + h * (1 - speed / (n_steps * step)):.1f}"
+
+    yield f'<text x="{left}" y="{top - 12}" font-size="13">{escape(named(name))}</text>'
+    for tick in ticks:
+        x, _ = at(tick, 0)
+        yield f'<path d="M{x} {top}V{top + h}" stroke="#e4e4e4"/>'
+        yield f'<text x="{x}" y="{top + h + 15}" text-anchor="middle">{tick}</text>'
+    for i in range(n_steps + 1):
+        _, y = at(ticks[0], i * step)
+        yield f'<path d="M{left} {y}H{left + w}" stroke="#e4e4e4"/>'
+        yield f'<text x="{left - 6}" y="{y}" text-anchor="end" dy="4">{i * step:g}</text>'
+    yield (f'<text x="{left + w / 2:.0f}" y="{top + h + 32}" text-anchor="middle">tokens of context'
+           "</text>")  # fmt: skip
+    yield (f'<text transform="translate(13 {top + h / 2:.0f}) rotate(-90)" text-anchor="middle">'
+           "tokens per second</text>")  # fmt: skip
+    for way, colour in WAYS.items():
+        points = [at(r["context"], 1 / r["seconds"]["median"]) for r in rows if r["name"] == way]
+        path = "L".join(f"{x} {y}" for x, y in points)
+        yield f'<path d="M{path}" fill="none" stroke="{colour}"/>'
+        for x, y in points:
+            yield f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"><title>{way}</title></circle>'

@@ -76,6 +76,8 @@ def kernels(record: dict | None) -> Iterator[Goal]:
 
 
 INT8, INT4 = "gpu_poor:int8", "gpu_poor:int4"
+#: Shapes that no cache holds.
+BIG = ("gpt2-large", "tinyllama-1.1b")
 
 
 def ours(
@@ -92,12 +94,10 @@ def ours(
 
 
 def models(record: dict | None, peers: dict | None) -> Iterator[Goal]:
-    big = ("gpt2-large", "tinyllama-1.1b")
-
     def speed(source, measurement, base, label, limit, name=INT8):
         if not source:
             return
-        rows = [r for r in ours(source, big, (name,)) if measurement in r["speedup"].get(base, {})]
+        rows = [r for r in ours(source, BIG, (name,)) if measurement in r["speedup"].get(base, {})]
         yield from at_least(
             f"{name[-4:]}: {measurement.replace('_', ' ')} over {label}", rows,
             lambda r: r["speedup"][base][measurement]["median"], limit, times,
@@ -242,10 +242,74 @@ def calibration(record: dict | None) -> Iterator[Goal]:
                        lambda r: r["shape"])  # fmt: skip
 
 
+def decode(record: dict | None) -> Iterator[Goal]:
+    if not record:
+        return
+    rows = [row | {"shape": result["shape"]} for result in record["shapes"]
+            for row in result["rows"]]  # fmt: skip
+
+    def goal(text, name, key, limit, show, shapes=None):
+        found = [r for r in rows if r["name"] == name and key in r
+                 and (shapes is None or r["shape"] in shapes)]  # fmt: skip
+        return at_least(text, found, lambda r: r[key]["median"], limit, show,
+                        lambda r: r["shape"])  # fmt: skip
+
+    yield from goal("int8: decode, of the read stream", "int8", "of_stream", 0.85, percent, BIG)
+    yield from goal("int8: decode over transformers fp32, fused", "int8", "over_fp32", 3.0, times)
+    yield from goal("int4: decode over int8", "int4", "over_int8", 1.4, times, BIG)
+    yield from goal("int8: decode with one of two cores busy, speed kept", "int8",
+                    "kept_when_busy", 0.4, percent)  # fmt: skip
+
+
+def attention(record: dict | None) -> Iterator[Goal]:
+    if not record:
+        return
+    shape = {"length": 8192, "heads": 32, "kv_heads": 8, "head_dim": 128}
+    rows = [
+        r for r in record["rows"] if r["name"].startswith("pages") and shape.items() <= r.items()
+    ]
+    name = lambda r: r["name"]  # noqa: E731
+    yield from at_least("decode attention, 8192 tokens, of the read stream", rows,
+                        lambda r: r["of_stream"]["median"], 0.5, percent, name)  # fmt: skip
+    yield from at_least("decode attention, 8192 tokens, over SDPA fp32", rows,
+                        lambda r: r["over_sdpa_fp32"]["median"], 3.0, times, name)  # fmt: skip
+    yield from at_least("int8 keys and values, times smaller than fp16 in resident memory",
+                        [r for r in record["memory"] if r["name"] == "pages int8"],
+                        lambda r: r["smaller_than_fp16"], 1.9, "{:.3f}x".format,
+                        lambda r: f"head dim {r['head_dim']}")  # fmt: skip
+
+
+def rivals(record: dict | None, avx2: dict | None) -> Iterator[Goal]:
+    """Against llama.cpp with as many bits, in the same run."""
+
+    def over(source, text, name, base, measurement, limit, shapes):
+        rows = [r for r in ours(source, shapes, (name,))
+                if measurement in r["speedup"].get(base, {})]  # fmt: skip
+        return at_least(text, rows, lambda r: r["speedup"][base][measurement]["median"], limit,
+                        times, lambda r: r["shape"])  # fmt: skip
+
+    if record:
+        for shape, limit in (("gpt2-large", 1.1), ("tinyllama-1.1b", 1.0), ("gpt2", 0.95)):
+            yield from over(record, f"int8: decode over llama.cpp Q8_0, {shape}", INT8,
+                            "llama_cpp:q8_0", "decode", limit, (shape,))  # fmt: skip
+        yield from over(record, "int4: decode over llama.cpp Q4_0", INT4, "llama_cpp:q4_0",
+                        "decode", 1.0, BIG)  # fmt: skip
+        if "amx_int8" in record["header"]["features"]:
+            yield from over(record, "int8: prefill 512 over llama.cpp Q8_0, AMX", INT8,
+                            "llama_cpp:q8_0", "prefill_512", 2.5, BIG)  # fmt: skip
+    if avx2:
+        yield from over(avx2, "int8 a8: prefill 512 over llama.cpp Q8_0, both AVX2 only",
+                        "gpu_poor:int8-a8-avx2", "llama_cpp_avx2:q8_0", "prefill_512", 0.9,
+                        BIG)  # fmt: skip
+
+
 def all_goals(records: dict[str, dict | None]) -> list[Goal]:
     return [
         *kernels(records["kernels"]),
         *models(records["model"], records["peers"]),
+        *decode(records["decode"]),
+        *attention(records["attention"]),
+        *rivals(records["peers"], records["peers_avx2"]),
         *memory(records["memory"]),
         *quality(records["quality"]),
         *strategies(records["strategies"]),

@@ -11,8 +11,6 @@
  * Sums whose order matters are kept in 16 lanes, element i in lane i % 16, and folded in halves: lane
  * l + 8 to l, l + 4 to l, and so on. That is the vector of AVX-512, and two of AVX2.
  */
-#include <math.h>
-
 #include "attention.h"
 
 static float fold(float lane[16])
@@ -62,16 +60,7 @@ static void attend_chunk_ref(const gp_attend *a)
 
 static void attend_combine_ref(const float *partial, int64_t n, int64_t stride, int64_t D, float *out)
 {
-    float m = -INFINITY, sum = 0;
-    for (int64_t d = 0; d < D; d++) out[d] = 0;
-    for (int64_t i = 0; i < n; i++) m = partial[i * stride + D] > m ? partial[i * stride + D] : m;
-    for (int64_t i = 0; i < n; i++) {
-        const float *part = partial + i * stride, w = gp_exp2(part[D] - m);
-        sum = fmaf(w, part[D + 1], sum);
-        for (int64_t d = 0; d < D; d++) out[d] = fmaf(w, part[d], out[d]);
-    }
-    const float inverse = n ? 1 / sum : 0;
-    for (int64_t d = 0; d < D; d++) out[d] *= inverse;
+    gp_attend_combine(partial, n, stride, D, out);
 }
 
 /* q = rint(x / scale), with the scale as it is stored, of the GP_PAGE_SCALES that leaves the least squared
@@ -94,26 +83,14 @@ static uint16_t page_store_row_ref(const float *x, int64_t D, gp_dtype type, voi
         for (int64_t d = 0; d < D; d++) gp_store(y, type, d, x[d]);
         return 0;
     }
-    uint32_t absmax = 0; /* as bits: a NaN or an infinity ends up on top */
-    for (int64_t d = 0; d < D; d++) {
-        const uint32_t bits = gp_bits(x[d]) & 0x7fffffffu;
-        absmax = bits > absmax ? bits : absmax;
-    }
-    const uint16_t first = gp_page_scale(absmax);
-    if (!gp_page_live(first)) {
+    const uint16_t scale = gp_page_scale(x, D, squared_error);
+    if (!gp_page_live(scale)) {
         memset(y, 0, (size_t)D);
-        return first;
+        return scale;
     }
-    uint16_t best = first;
-    float least = INFINITY;
-    for (int i = 0; i < GP_PAGE_SCALES; i++) {
-        const uint16_t scale = (uint16_t)(first + GP_PAGE_SCALE_STEP * i);
-        const float error = gp_page_live(scale) ? squared_error(x, D, gp_f16_to_float(scale)) : INFINITY;
-        if (error < least) least = error, best = scale;
-    }
-    const float inverse = 1 / gp_f16_to_float(best);
+    const float inverse = 1 / gp_f16_to_float(scale);
     for (int64_t d = 0; d < D; d++) ((int8_t *)y)[d] = (int8_t)gp_page_value(x[d], inverse);
-    return best;
+    return scale;
 }
 
 const gp_impl gp_impl_attention_ref = {

@@ -3,6 +3,8 @@
 #ifndef GPU_POOR_ATTENTION_H
 #define GPU_POOR_ATTENTION_H
 
+#include <math.h>
+
 #include "common.h"
 
 /* Where in `pages` a slot's key (part 0) or value (1) begins, and its index in `scales`. */
@@ -36,19 +38,47 @@ GP_INLINE float gp_exp2(float x)
     return p * gp_from_bits((gp_bits(shifted) << 23) + 0x3f800000u);
 }
 
+/* The `attend_combine` of every instruction set: sums over d in vectors, whose lanes never meet. */
+GP_INLINE void gp_attend_combine(const float *partial, int64_t n, int64_t stride, int64_t D, float *out)
+{
+    float m = -INFINITY, sum = 0;
+    for (int64_t i = 0; i < n; i++) m = partial[i * stride + D] > m ? partial[i * stride + D] : m;
+    for (int64_t d = 0; d < D; d++) out[d] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const float *part = partial + i * stride, w = gp_exp2(part[D] - m);
+        sum = __builtin_fmaf(w, part[D + 1], sum);
+        for (int64_t d = 0; d < D; d++) out[d] = __builtin_fmaf(w, part[d], out[d]);
+    }
+    const float inverse = n ? 1 / sum : 0;
+    for (int64_t d = 0; d < D; d++) out[d] *= inverse;
+}
+
 /* Scales that an int8 row may have: the float16 number nearest to absmax / 127, and those 4, 8, ... 60
  * places above it, up to 3 or 6 % larger. */
 #define GP_PAGE_SCALES 16
 #define GP_PAGE_SCALE_STEP 4
 
-/* The first of them, from the bits of a row's absmax; NaN if that is no finite number. */
-GP_INLINE uint16_t gp_page_scale(uint32_t absmax)
-{
-    return absmax < 0x7f800000u ? gp_float_to_f16(gp_from_bits(absmax) / 127) : 0x7e00;
-}
-
 /* Whether a row can have this scale: it isn't 0, and finite. */
 GP_INLINE int gp_page_live(uint16_t scale) { return scale - 1u < 0x7bffu; }
+
+/* The scale, of those, that leaves the least error(x, D, scale): the sum of squares, in each instruction
+ * set's vectors. Of a row of zeros, or with what is no finite number, one that is not live: 0 or NaN. */
+GP_INLINE uint16_t gp_page_scale(const float *x, int64_t D, float (*error)(const float *, int64_t, float))
+{
+    uint32_t absmax = 0; /* as bits: a NaN or an infinity ends up on top */
+    for (int64_t d = 0; d < D; d++) {
+        const uint32_t bits = gp_bits(x[d]) & 0x7fffffffu;
+        absmax = bits > absmax ? bits : absmax;
+    }
+    if (absmax >= 0x7f800000u) return 0x7e00;
+    uint16_t scale = gp_float_to_f16(gp_from_bits(absmax) / 127), best = scale;
+    float least = INFINITY;
+    for (int i = 0; i < GP_PAGE_SCALES && gp_page_live(scale); i++, scale += GP_PAGE_SCALE_STEP) {
+        const float e = error(x, D, gp_f16_to_float(scale));
+        if (e < least) least = e, best = scale;
+    }
+    return best;
+}
 
 /* Clamped: the first scale may be rounded down. */
 GP_INLINE float gp_page_value(float x, float inverse)

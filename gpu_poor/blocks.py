@@ -7,7 +7,7 @@ the first block and after the last one are the model's own, run with blocks that
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gpu_poor import memory
 from gpu_poor.chains import TOLERANCE
-from gpu_poor.modules import hooked
+from gpu_poor.modules import Reached, forwards, hooked
 from gpu_poor.plan import block_list
 from gpu_poor.spill import Spilled
 
@@ -61,7 +61,7 @@ class Blocks:
         Raises:
             ValueError: what the blocks are called with depends on more than the shape of ids.
         """
-        with self._doing_nothing(), self._watching(stop=True) as seen, suppress(_Reached):
+        with self._doing_nothing(), self._watching(stop=True) as seen, suppress(Reached):
             self._forward(ids)
         self._remember(ids, seen)
         return seen[0].hidden
@@ -129,7 +129,7 @@ class Blocks:
         """What the blocks are called with meanwhile and, if asked for, what they answer.
 
         Args:
-            stop: raise _Reached when as many have been called as there are.
+            stop: raise Reached when as many have been called as there are.
         """
         seen: list[_Seen] = []
 
@@ -143,7 +143,7 @@ class Blocks:
                 )
             seen.append(_Seen(block, hidden, Call(args[1:], kwargs)))
             if stop and len(seen) == len(self.modules):
-                raise _Reached
+                raise Reached
 
         def after(block, args, answer):
             answers.append(answer)
@@ -155,20 +155,11 @@ class Blocks:
         with hooked(handles):
             yield seen
 
-    @contextmanager
-    def _doing_nothing(self, last: Tensor | None = None) -> Iterator[None]:
+    def _doing_nothing(self, last: Tensor | None = None) -> AbstractContextManager[None]:
         """Blocks that answer what they are given; the last one ``last``, if there is one."""
-        before = [vars(block).get("forward") for block in self.modules]
-        try:
-            for block, beside in zip(self.modules, self.beside, strict=True):
-                answer = last if block is self.modules[-1] else None
-                block.forward = _pass_on(beside, answer)
-            yield
-        finally:
-            for block, forward in zip(self.modules, before, strict=True):
-                vars(block).pop("forward", None)
-                if forward is not None:
-                    block.forward = forward
+        answers = [None] * (len(self.modules) - 1) + [last]
+        passing = map(_pass_on, self.beside, answers)
+        return forwards(dict(zip(self.modules, passing, strict=True)))
 
 
 class Answers:
@@ -201,10 +192,6 @@ class Answers:
             self._places[key] = len(self._kept), beside
             self._kept.append(_hidden(answer))
         return answer
-
-
-class _Reached(Exception):
-    """The last block has been called: nothing after it is of interest."""
 
 
 class _Seen(NamedTuple):

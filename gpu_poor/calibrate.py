@@ -11,7 +11,6 @@ finished block are let go of if they lie in the checkpoint's.
 """
 
 import copy
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpu_poor import memory, ops
-from gpu_poor.blocks import Answers, Blocks
+from gpu_poor.blocks import Answers
 from gpu_poor.chains import find_chains
 from gpu_poor.folds import Decided, Fold, folds_for, tied_modules
 from gpu_poor.modules import evaluating, hooked, not_finite, put
@@ -32,12 +31,8 @@ from gpu_poor.progress import bar
 from gpu_poor.resume import WorkFolder, fingerprint
 from gpu_poor.spill import Spilled
 from gpu_poor.strategies import Inputs, Recipe
+from gpu_poor.streams import Stream, enter, input_of
 
-#: Tokens that go through a block at once.
-BATCH_TOKENS = 4096
-#: Tokens at most whose inputs in the two streams are compared. Half of 65536 cost 1 to 2 % of the
-#: KL divergence at 4 bits, a quarter 4 to 8 % (stories260k, tinystories-656k).
-DRIFT_TOKENS = 32768
 #: Texts are cut into rows of so many tokens.
 CALIBRATION_LENGTH = 512
 
@@ -71,7 +66,7 @@ def calibrate(
     ]
     folds = folds_for(model, plan, recipe, done)
     with evaluating(model):
-        stream = _enter(model, rows)
+        stream = enter(model, rows)
         tied, n_blocks = tied_modules(plan), len(stream.blocks.modules)
         work = [_BlockWork(model, f"{names}.{i}", plan, tied) for i in range(n_blocks)]
         streams, first, folder = {"exact": stream.exact, "quantized": stream.quantized}, 0, None
@@ -91,54 +86,6 @@ def calibrate(
     return done
 
 
-# -- the two streams ---------------------------------------------------------------------------
-
-
-@dataclass
-class _Stream:
-    """The hidden states before a block, of the float model and of the one quantized so far."""
-
-    blocks: Blocks
-    exact: Spilled
-    quantized: Spilled
-    #: Of so many batches, one has its inputs in the two streams compared.
-    every: int
-    #: Of the finished parts of the block being quantized.
-    answers: list[Answers] = field(default_factory=list)
-
-    def call(self, block: nn.Module, i: int, hidden: Tensor, batch: int = 0) -> Tensor:
-        for each in self.answers:
-            each.start(batch)
-        return self.blocks.run(i, hidden, block)
-
-
-def _enter(model: nn.Module, rows: list[Tensor]) -> _Stream:
-    """Run up to the first block."""
-    every = -(-sum(row.numel() for row in rows) // DRIFT_TOKENS)
-    stream = _Stream(Blocks(model, rows[0]), Spilled(), Spilled(), every)
-    for batch in _batches(rows):
-        hidden = stream.blocks.enter(batch)
-        if not bool(hidden.isfinite().all()):
-            raise ValueError("the embeddings of the calibration data are not finite")
-        stream.exact.append(hidden)
-        stream.quantized.append(hidden)
-    return stream
-
-
-def _batches(rows: list[Tensor]) -> list[Tensor]:
-    by_length: dict[int, list[Tensor]] = {}
-    for row in rows:
-        by_length.setdefault(row.shape[1], []).append(row)
-    batches = []
-    for length, group in by_length.items():
-        size = max(1, BATCH_TOKENS // length)
-        batches += [torch.cat(group[i : i + size]) for i in range(0, len(group), size)]
-    return batches
-
-
-# -- one block ---------------------------------------------------------------------------------
-
-
 class _BlockWork:
     """The linears of one block."""
 
@@ -156,7 +103,7 @@ class _BlockWork:
 
     def run(
         self,
-        stream: _Stream,
+        stream: Stream,
         i: int,
         recipe: Recipe,
         folds: list[Fold],
@@ -209,7 +156,7 @@ class _BlockWork:
         stream.answers.clear()
 
     def _keep_answers(
-        self, stream: _Stream, twin: nn.Module, group: list[str], reached: set[str]
+        self, stream: Stream, twin: nn.Module, group: list[str], reached: set[str]
     ) -> None:
         """Compute a part that has been finished by this group only once more.
 
@@ -235,7 +182,7 @@ class _BlockWork:
         except Exception as error:  # what a user has attached to it: a lock, an open file
             raise ValueError(f"{self.name} cannot be copied to calibrate it: {error}") from error
 
-    def _groups(self, stream: _Stream, i: int) -> list[list[str]]:
+    def _groups(self, stream: Stream, i: int) -> list[list[str]]:
         """The linears in the order in which they run; those that read one tensor together."""
         order: dict[str, Tensor] = {}
 
@@ -256,7 +203,7 @@ class _BlockWork:
         return list(groups.values())
 
     def _chain(
-        self, stream: _Stream, i: int, groups, recipe: Recipe, by_reader, done: Decided
+        self, stream: Stream, i: int, groups, recipe: Recipe, by_reader, done: Decided
     ) -> dict[str, Tensor | None]:
         """``{linear: factors}`` of the linears that read another one's output; None: no gain.
 
@@ -291,7 +238,7 @@ class _BlockWork:
         return found
 
     def _exact(
-        self, stream: _Stream, i: int, names: list[str], recipe: Recipe, last: bool
+        self, stream: Stream, i: int, names: list[str], recipe: Recipe, last: bool
     ) -> dict[str, Spilled]:
         """Take the float stream through the block.
 
@@ -327,7 +274,7 @@ class _BlockWork:
 
     def _inputs(
         self,
-        stream: _Stream,
+        stream: Stream,
         i: int,
         twin: nn.Module,
         name: str,
@@ -350,7 +297,7 @@ class _BlockWork:
         absmax, n, n_compared = torch.zeros(k), 0, 0
         dtype = correction_dtype()
         for b, quantized in enumerate(stream.quantized):
-            x = _input_of(stream, i, twin, name, quantized, b)
+            x = input_of(stream, i, twin, name, quantized, b)
             if x is None or not len(x):
                 continue
             n += x.shape[0]
@@ -425,27 +372,3 @@ class _BlockWork:
         stored = stored._replace(weight=weight, input_scale=input_scale)
         done.stored[key] = stored
         return stored
-
-
-class _Reached(Exception):
-    """The hook that was waited for has run: nothing after it is of interest."""
-
-
-def _input_of(
-    stream: _Stream, i: int, block: nn.Module, name: str, hidden: Tensor, batch: int
-) -> Tensor | None:
-    """What a linear of the block reads, as rows ``[M, K]``; None if it does not run."""
-    found: list[Tensor] = []
-
-    def hook(module, args):
-        found.append(args[0])
-        raise _Reached
-
-    handle = block.get_submodule(name).register_forward_pre_hook(hook)
-    try:
-        stream.call(block, i, hidden, batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0].reshape(-1, found[0].shape[-1]) if found else None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gpu_poor.modules import hooked
 from gpu_poor.plan import Target
 
 #: Largest deviation that still is rounding, of the largest value: a wrong pair misses by far more.
@@ -68,16 +69,16 @@ def _is_exact(twin, source: str, linear: str, targets: dict[str, Target], run) -
     factors = torch.arange(k).remainder(3).float().exp2()
     seen: list[Tensor] = []
     modules = twin.get_submodule(source), twin.get_submodule(linear)
-    handle = modules[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     before = [dict(module._parameters) for module in modules]
     try:
-        expected = run()
-        _scale(modules[0], targets[source], 1 / factors[:, None])
-        _scale(modules[1], targets[linear], factors)
-        Chain(source, linear).apply(modules[0], factors)
-        got = run()
+        look = modules[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        with hooked([look]):
+            expected = run()
+            _scale(modules[0], targets[source], 1 / factors[:, None])
+            _scale(modules[1], targets[linear], factors)
+            Chain(source, linear).apply(modules[0], factors)
+            got = run()
     finally:
-        handle.remove()
         for module, parameters in zip(modules, before, strict=True):
             module._parameters.update(parameters)
     if len(seen) != 2:  # it runs more than once

@@ -77,15 +77,14 @@ def make_it_work_hybrid(
     )  # before minutes of planning
     if sample_inputs is not None and not isinstance(sample_inputs, str | dict | list | tuple):
         sample_inputs = _read_once(sample_inputs)
-    options = dict(
-        strategy=strategy,
-        sample_inputs=sample_inputs,
-        tokenizer=tokenizer,
+    common = dict(
+        strategy=strategy, sample_inputs=sample_inputs, tokenizer=tokenizer, progress=progress
+    )
+    options = common | dict(
         activation=activation,
         evaluate_on=evaluate_on,
         max_kl=max_kl,
         work_folder=work_folder,
-        progress=progress,
         verbose=verbose,
     )
     patterns = dict(include=include, exclude=exclude, critical_layers=critical_layers)
@@ -102,12 +101,9 @@ def make_it_work_hybrid(
         model,
         memory_target,
         context=context,
-        sample_inputs=sample_inputs,
-        tokenizer=tokenizer,
         quantize_embeddings=quantize_embeddings,
-        strategy=strategy,
-        progress=progress,
         **patterns,
+        **common,
     )
     if plan_path is not None:
         found.save(plan_path)

@@ -1,6 +1,6 @@
 """What several passes do to the modules of a model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -54,6 +54,25 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in held:
             handle.remove()
+
+
+class Reached(Exception):
+    """Raised by a hook that has seen what it was set for: nothing after it is of interest."""
+
+
+@contextmanager
+def forwards(functions: dict[nn.Module, Callable]) -> Iterator[None]:
+    """With these functions as the ``forward`` of their modules."""
+    before = {module: vars(module).get("forward") for module in functions}
+    try:
+        for module, function in functions.items():
+            module.forward = function
+        yield
+    finally:
+        for module, own in before.items():
+            vars(module).pop("forward", None)
+            if own is not None:
+                module.forward = own
 
 
 def not_finite(name: str) -> ValueError:

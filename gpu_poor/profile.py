@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from gpu_poor import isa
 from gpu_poor.files import replace_whole
-from gpu_poor.modules import Holder, unwrap
+from gpu_poor.modules import Holder, hooked, unwrap
 from gpu_poor.nn import QuantizedModule
 
 PROMPT_TOKENS = 32
@@ -258,17 +258,14 @@ def _marking(model: nn.Module) -> Iterator[None]:
         with torch.profiler.record_function(CACHE):
             return update(*args, **kwargs)
 
-    hooks = [
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, always_call=True),
-    ]
     Cache.update = recorded
     try:
-        yield
+        before = register_module_forward_pre_hook(enter)
+        after = register_module_forward_hook(leave, always_call=True)
+        with hooked([before, after]):
+            yield
     finally:
         Cache.update = update
-        for hook in hooks:
-            hook.remove()
 
 
 # -- events --------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def quantize(
         done.apply_norms(model)
         share_scales(model)
         if _is_transformers_model(model):
-            from gpu_poor import hf
+            from gpu_poor import hf, hf_attach
 
             options |= dict(bits=bits, overrides=overrides, strategy=how.names)
             options |= dict(activation=activation, allow_partial=allow_partial)
@@ -156,7 +156,7 @@ def quantize(
         if recording is not None:
             receipt.quality = _measure(model, recording, max_kl, progress)
         if _is_transformers_model(model):
-            hf.keep_receipt(model, receipt)
+            hf_attach.keep_receipt(model, receipt)
         model.gpu_poor_receipt = receipt
     del plan, quantized, done  # the last reference to the float weights
     with suppress(Exception):  # memory that is not given back is no reason to fail now
@@ -216,9 +216,9 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     if hasattr(model, "gpu_poor_receipt"):
         del model.gpu_poor_receipt
     if _is_transformers_model(model):
-        from gpu_poor import hf
+        from gpu_poor import hf_attach
 
-        hf.detach(model)
+        hf_attach.detach(model)
     return model
 
 

@@ -16,7 +16,7 @@ all that is kept of it. How well that does: docs/planning.md.
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -24,11 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from gpu_poor import memory
 from gpu_poor.formats import Format
 from gpu_poor.metrics_input import n_positions
-from gpu_poor.modules import evaluating, hooked
+from gpu_poor.modules import evaluating, forwards, hooked
 from gpu_poor.plan import Plan, Target, first_block
 from gpu_poor.progress import bar
 from gpu_poor.samples import vocabulary
@@ -172,17 +173,13 @@ def _differentiating(
     they are differentiated, so that no more is held than one block needs.
     """
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    handles = []
 
     def collect(weight: Weight, sums: Fisher, parameter: Tensor) -> None:
         gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
         sums.add(weight.as_rows(gradient))
         parameter.grad = None
 
-    try:
-        for parameter, *_ in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+    def hooks() -> Iterator[RemovableHandle]:
         for unit in every:
             for target in unit.targets:
                 for name, parameter in target.weights().items():
@@ -191,34 +188,27 @@ def _differentiating(
                         hook = partial(
                             collect, Weight(target, name), into[memory.identity(parameter)]
                         )
-                        handles.append(parameter.register_post_accumulate_grad_hook(hook))
-        with torch.enable_grad(), evaluating(model), _recomputing(model):
+                        yield parameter.register_post_accumulate_grad_hook(hook)
+
+    try:
+        for parameter, *_ in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        with hooked(hooks()), torch.enable_grad(), evaluating(model), _recomputing(model):
             yield
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
 
 
-@contextmanager
-def _recomputing(model: nn.Module) -> Iterator[None]:
+def _recomputing(model: nn.Module) -> AbstractContextManager[None]:
     """The blocks of a model keep nothing for the backward pass but their inputs."""
     try:
         blocks = model.get_submodule(first_block(model).rpartition(".")[0])
     except ValueError:  # no list of blocks: nothing to save
         blocks = []
-    before = {block: vars(block).get("forward") for block in blocks}
-    try:
-        for block in before:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        yield
-    finally:
-        for block, forward in before.items():
-            vars(block).pop("forward", None)
-            if forward is not None:
-                block.forward = forward
+    return forwards({b: partial(checkpoint, b.forward, use_reentrant=False) for b in blocks})
 
 
 # -- what the model says ------------------------------------------------------------------------

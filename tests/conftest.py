@@ -11,6 +11,7 @@ import torch  # noqa: E402
 from helpers import assert_equal  # noqa: E402
 
 import gpu_poor  # noqa: E402
+from gpu_poor import assets  # noqa: E402
 from gpu_poor.nn import QuantizedModule  # noqa: E402
 
 
@@ -30,18 +31,18 @@ def isa(request):
 VOCAB = 384
 
 #: Hidden sizes are not multiples of 64 throughout, so that kernels meet tails.
-_LLAMA = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 128,
     "intermediate_size": 208,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_LLAMA = SIZES | {"num_key_value_heads": 2}
 _MOE = _LLAMA | {"intermediate_size": 96, "num_experts_per_tok": 2}
 
 #: name: (model class, config class, config arguments). One row per architecture we promise.
@@ -182,3 +183,11 @@ def assert_untouched(model, before):
     for name, value in before.items():
         assert_equal(after[name], value)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.fixture(scope="module")
+def stories():
+    """The small model in the package, and its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(assets.STORIES260K)
+    return model, transformers.AutoTokenizer.from_pretrained(assets.STORIES260K)

@@ -8,6 +8,9 @@ Oracles use int64 and float64 NumPy, never the code under test. Letters: M rows 
 features, K in features.
 """
 
+import subprocess
+import sys
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +19,14 @@ EPS32 = float(np.finfo(np.float32).eps)  # spacing at 1: a rounding errs by half
 
 # Unit roundoff of each dtype an operator may return.
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def run_python(code: str) -> str:
+    """What a program prints in a process of its own, which must end well."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def to_numpy(x) -> np.ndarray:

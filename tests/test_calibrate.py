@@ -10,8 +10,7 @@ from helpers import assert_equal
 from torch import nn
 
 import gpu_poor
-from gpu_poor import calibrate as module
-from gpu_poor import quantize, spill
+from gpu_poor import quantize, spill, streams
 from gpu_poor.nn import QuantizedModule
 from gpu_poor.strategies import STRATEGIES, Inputs, Rounding
 
@@ -74,7 +73,7 @@ def assert_as_it_was(model, before):
 
 @pytest.mark.parametrize("lengths", [(40,), (40, 40, 40), (5, 64, 40, 1, 64, 17)])
 def test_statistics_are_those_of_the_data(lengths, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_TOKENS", 100)  # several batches, and several shapes
+    monkeypatch.setattr(streams, "BATCH_TOKENS", 100)  # several batches, and several shapes
     model, data, spy = make_model("llama"), rows(*lengths), Spy()
     original = copy.deepcopy(model)
     quantize(model, strategy=spy, sample_inputs=data, verbose=False)
@@ -122,7 +121,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
 
 
 def test_hidden_states_in_a_file_make_no_difference(monkeypatch):
-    monkeypatch.setattr(module, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(streams, "BATCH_TOKENS", 50)
     data, models = rows(40, 40, 30, 20), [make_model("llama") for _ in range(2)]
     for model, in_memory in zip(models, (10**9, 30_000), strict=True):
         monkeypatch.setattr(spill, "IN_MEMORY", in_memory)
@@ -180,14 +179,16 @@ def test_padding_is_left_out():
     assert_equal(logits(models[0]), logits(models[1]))
 
 
-def test_calibration_is_worth_it():
-    data, errors = rows(*[60] * 20), []
+@pytest.mark.parametrize("seed", [3, 4])
+def test_calibration_is_worth_it(seed):
+    data, errors = rows(*[60] * 60, seed=seed), []
     for options in ({}, {"sample_inputs": data}):
         model = make_model("llama")
         expected = logits(model)
         quantize(model, overrides=BLOCKS, verbose=False, **options)
         errors.append(float((logits(model) - expected).square().mean()))
-    assert errors[1] < 0.8 * errors[0]  # 0.53 to 0.73, by the number of threads and rounding errors
+    # 0.27 to 0.43, by seed, instruction set and threads; on a third of the text 0.53 to 0.73.
+    assert errors[1] < 0.6 * errors[0]
 
 
 def test_the_receipt_says_on_how_much_and_too_little_comes_with_a_warning(recwarn):
@@ -357,7 +358,7 @@ class Wraps(Decoder):
     ids=["per-text", "order", "states", "blocks"],
 )
 def test_models_that_cannot_be_calibrated(make, message, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_TOKENS", 20)
+    monkeypatch.setattr(streams, "BATCH_TOKENS", 20)
     model = make()
     before = fingerprint(model)
     with pytest.raises(ValueError, match=message):
@@ -366,7 +367,7 @@ def test_models_that_cannot_be_calibrated(make, message, monkeypatch):
 
 
 def test_inputs_that_are_the_same_for_all_texts_are_fine(monkeypatch):
-    monkeypatch.setattr(module, "BATCH_TOKENS", 20)
+    monkeypatch.setattr(streams, "BATCH_TOKENS", 20)
     model = Decoder([Masked(), Masked()], per_shape)
     quantize(model, strategy="gptq", sample_inputs=rows(20, 20, 7), verbose=False)
     assert all(isinstance(layer.linear, QuantizedModule) for layer in model.layers)

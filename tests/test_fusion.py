@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from conftest import MODELS, VOCAB, make_model, tokens
+from conftest import MODELS, SIZES, make_model, tokens
 from torch import nn
 
 import gpu_poor
@@ -17,18 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from gpu_poor.kv_cache import PagedKVCache, PagePool  # noqa: E402 - needs transformers
 
-_SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 128,
-    "intermediate_size": 208,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_GROUPED = _SIZES | {"num_key_value_heads": 2}
+_GROUPED = SIZES | {"num_key_value_heads": 2}
 #: One for each entry in ARCHITECTURES, and variants of them.
 FAMILIES = {
     "gpt2": MODELS["gpt2"],
@@ -40,12 +29,12 @@ FAMILIES = {
     "gpt-neox": (
         "GPTNeoXForCausalLM",
         "GPTNeoXConfig",
-        _SIZES | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        SIZES | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
     "gpt-neox-sequential": (
         "GPTNeoXForCausalLM",
         "GPTNeoXConfig",
-        _SIZES | {"use_parallel_residual": False, "hidden_act": "relu"},
+        SIZES | {"use_parallel_residual": False, "hidden_act": "relu"},
     ),
     "phi": ("PhiForCausalLM", "PhiConfig", _GROUPED),
 }

@@ -2,12 +2,11 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import MODELS, logits, make_model, tokens
+from helpers import run_python
 
 import gpu_poor
 from gpu_poor import GpuPoorConfig, memory, quantize
@@ -209,8 +208,7 @@ def test_a_fresh_process_needs_only_import_gpu_poor(tmp_path):
         "assert torch.allclose(actual, expected, atol=1e-5), (actual - expected).abs().max()\n"
         "assert model.lm_head.weight_scale is model.model.embed_tokens.weight_scale\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 def test_activations_and_options_are_saved(tmp_path):
@@ -603,9 +601,7 @@ def test_streaming_peak_is_the_int8_model_and_one_tensor(name, tmp_path):
         "print(peak - base, gpu_poor.memory.rss()['anon'] - base,\n"
         "      gpu_poor.memory.parameter_bytes(model))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    peak, after, size = map(int, done.stdout.split()[-3:])
+    peak, after, size = map(int, run_python(code).split()[-3:])
     largest = 10000 * changes["hidden_size"] * 4
     # 10 MB for what transformers, torch's threads and the watcher allocate once.
     assert peak <= 1.10 * size + largest + 10e6

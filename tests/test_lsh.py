@@ -311,6 +311,9 @@ def test_what_changes_the_logits_is_refused_when_it_runs():
     biased = torch.ones(1, 1, 17, 17)
     with pytest.raises(ValueError, match="adds numbers"):
         model.eval()(tokens(), attention_mask=biased)
+    for length in (2, 17):  # exact, hashed
+        with pytest.raises(ValueError, match="keeps no attention weights"):
+            model(tokens()[:, :length], output_attentions=True)
 
 
 def test_masks_of_floats():

@@ -280,7 +280,9 @@ def test_a_model_in_files_is_never_in_memory_as_a_whole(way, tmp_path):
             small = load(tmp_path, dtype=torch.float32, quantization_config=config)
     float_bytes = small.gpu_poor_receipt.bytes_before
     assert float_bytes > 130e6
-    assert peak.anon < 0.7 * float_bytes  # a seventh of it is the result; 0.4 to 0.6 have been seen
+    # A seventh of it is the result. Seen of mapped weights: 0.36 to 0.51, with the files' pages
+    # 0.43 to 0.55; of converted ones 0.41 to 0.49, and on a busy machine up to 0.84.
+    assert peak.anon < (0.6 if way == "mapped" else 0.95) * float_bytes
     # While transformers converts, what it has read stays mapped: pages that can be taken back.
-    assert peak.total < 0.75 * float_bytes or way == "converted"
+    assert peak.total < 0.65 * float_bytes or way == "converted"
     assert 0 < small.gpu_poor_receipt.quality["kl_mean"] < 1

@@ -19,13 +19,6 @@ from gpu_poor.plan import make_plan
 TEXT = assets.calib_text()[:20000]
 
 
-@pytest.fixture(scope="module")
-def stories():
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(assets.STORIES260K)
-    return model, transformers.AutoTokenizer.from_pretrained(assets.STORIES260K)
-
-
 def plan_of(model, target, **options) -> memory_plan.MemoryPlan:
     return gpu_poor.plan_memory(model, target, **({"sample_inputs": tokens()} | options))
 

@@ -2,13 +2,12 @@
 
 import copy
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import MODELS, logits, make_model, tokens
-from helpers import assert_within, weight_error
+from helpers import assert_within, run_python, weight_error
 from torch import nn
 
 import gpu_poor
@@ -96,8 +95,7 @@ def test_without_transformers():
         "else:\n"
         "    raise AssertionError\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 def test_import_takes_neither_transformers_nor_more_than_the_dependencies():
@@ -112,8 +110,7 @@ def test_import_takes_neither_transformers_nor_more_than_the_dependencies():
         "    getattr(gpu_poor, name)\n"
         "assert callable(gpu_poor.quantize) and callable(gpu_poor.receipt)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 @pytest.mark.parametrize("first", ["gpu_poor", "transformers.quantizers.auto"])
@@ -123,8 +120,7 @@ def test_registers_in_either_order(first):
         "assert 'gpu-poor' in auto.AUTO_QUANTIZER_MAPPING\n"
         "assert 'gpu-poor' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 # -- patterns ----------------------------------------------------------------------------------
@@ -715,7 +711,7 @@ def test_a_failing_attach_is_undone(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("step", ["gpu_poor.hf.describe", "gpu_poor.quantize.make_receipt"])
+@pytest.mark.parametrize("step", ["gpu_poor.hf_attach.describe", "gpu_poor.quantize.make_receipt"])
 @pytest.mark.parametrize("name", ["llama-tied", "olmo"])
 def test_a_failure_after_the_swap_is_undone(name, step, error, monkeypatch):
     import gpu_poor.hf  # noqa: F401 - monkeypatch looks it up

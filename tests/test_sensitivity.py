@@ -105,14 +105,6 @@ def test_another_rounding_is_asked_for_every_row():
     assert zeros == pytest.approx([1.0] * len(FORMS), rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def stories():
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(assets.STORIES260K)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(assets.STORIES260K)
-    return model, tokenizer
-
-
 @pytest.mark.parametrize("source", ["samples", "own text"])
 def test_predictions_are_what_is_measured(stories, source):
     """One module at a time, some of every kind and format, on a real model."""

@@ -7,7 +7,8 @@ A peer module has
   transformers are those of the running environment, the same for all);
 * ``NOTE``: one sentence of what is fair or unfair about the comparison, "" for none;
 * ``setup(shape, threads, variant) -> runner``: see runner.py;
-* optionally ``install(folder)`` for what pip alone cannot do.
+* optionally ``install(folder)`` for what pip alone cannot do, and ``environment(variant)``: what a
+  variant's process has set from its start.
 
 ``python -m benchmarks.peers list | install NAME... | run`` (see __main__.py).
 """
@@ -21,10 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Ignored by git; removing it removes every peer.
 FOLDER = ROOT / ".peers"
 
-MODULES = (
+#: Those that run unless others are asked for.
+DEFAULT = (
     "torch_fp32", "torch_bf16", "gpu_poor", "torch_dynamic", "torchao", "bitsandbytes",
     "quanto", "hqq", "llama_cpp",
 )  # fmt: skip
+MODULES = (*DEFAULT, "llama_cpp_avx2")
 
 
 def folder(module: str) -> Path:
@@ -41,13 +44,27 @@ def load(module: str):
     return importlib.import_module(f"benchmarks.peers.{module}_peer")
 
 
-def contenders(modules: tuple[str, ...] = MODULES) -> dict[str, str]:
-    """``module`` or ``module:variant`` -> label, for every variant of the modules."""
-    return {
-        f"{name}:{variant}" if variant else name: label
-        for name in modules
-        for variant, label in load(name).LABELS.items()
-    }
+def contenders(names: tuple[str, ...] = DEFAULT) -> dict[str, str]:
+    """``module`` or ``module:variant`` -> label.
+
+    Args:
+        names: modules, each with all its variants in LABELS, or single ones as ``module:variant``.
+    """
+    found = {}
+    for name in names:
+        module, _, asked = name.partition(":")
+        labels = load(module).LABELS
+        for variant in (asked,) if asked else labels:
+            key = f"{module}:{variant}" if variant else module
+            found[key] = labels.get(variant, f"{module} {variant}")
+    return found
+
+
+def environment(name: str) -> dict[str, str]:
+    """What the process of ``module:variant`` has set; of an unknown one nothing: it says so."""
+    module, _, variant = name.partition(":")
+    own = getattr(load(module), "environment", None) if module in MODULES else None
+    return own(variant) if own else {}
 
 
 def install(module: str) -> None:

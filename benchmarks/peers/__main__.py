@@ -1,7 +1,9 @@
 """``python -m benchmarks.peers list | install NAME... | run``: the rivals, side by side.
 
 ``install all`` fetches and builds every one (llama.cpp takes a quarter of an hour). A peer that is
-not installed, fails, or changes nothing is a row that says so.
+not installed, fails, or changes nothing is a row that says so. With AVX2 only, in one run::
+
+    python -m benchmarks.peers run --peers gpu_poor:int8-a8-avx2 llama_cpp_avx2:q8_0 --json FILE
 """
 
 import argparse
@@ -13,7 +15,7 @@ from benchmarks.peers.runner import Plan
 
 
 def run(args: argparse.Namespace) -> int:
-    names = peers.contenders(tuple(args.peers) if args.peers else peers.MODULES)
+    names = peers.contenders(tuple(args.peers))
     plan = Plan((32,), 8, 4) if args.quick else Plan(decode_tokens=16)
     results = {"header": machine.header(args.threads), "complete": False, "shapes": {}}
     for shape in args.shapes:
@@ -32,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     install.add_argument("names", nargs="+", choices=[*peers.MODULES, "all"])
     go = sub.add_parser("run")
     go.add_argument("--shapes", nargs="+", default=["gpt2", "gpt2-large", "tinyllama-1.1b"])
-    go.add_argument("--peers", nargs="+", choices=peers.MODULES)
+    go.add_argument(
+        "--peers", nargs="+", default=peers.DEFAULT, help="names, or one variant as name:variant"
+    )
     go.add_argument("--rounds", type=int, default=4)
     go.add_argument("--threads", type=int, default=2)
     go.add_argument("--quick", action="store_true", help="short prompts; for trying it out")

@@ -12,10 +12,10 @@ import time
 from dataclasses import asdict
 
 from benchmarks import timing
-from benchmarks.peers import ROOT, load
+from benchmarks.peers import ROOT, environment, load
 from benchmarks.peers.runner import Plan
 
-BASELINES = ("torch_fp32", "torch_bf16", "llama_cpp:q8_0", "llama_cpp:q4_0")
+BASELINES = ("torch_fp32", "torch_bf16", "llama_cpp:q8_0", "llama_cpp:q4_0", "llama_cpp_avx2:q8_0")
 PLAIN = ("torch_fp32", "torch_bf16", "gpu_poor:int8")
 
 
@@ -29,7 +29,7 @@ class Worker:
             [sys.executable, "-m", "benchmarks.peers.worker", name, shape, str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads),
-                                        "TOKENIZERS_PARALLELISM": "false"},
+                                        "TOKENIZERS_PARALLELISM": "false"} | environment(name),
         )  # fmt: skip
         os.set_blocking(self.process.stderr.fileno(), False)
         self.info = self._read() or {}

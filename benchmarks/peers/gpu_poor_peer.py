@@ -1,4 +1,7 @@
-"""gpu-poor, 8 or 4 bits, as quantize() does it by default; ``int8-a8`` and the like on request."""
+"""gpu-poor, 8 or 4 bits, as quantize() does it by default.
+
+On request ``int8-a8`` and the like, and ``int8-a8-avx2``: as on a machine without AVX-512.
+"""
 
 import re
 
@@ -9,6 +12,15 @@ from benchmarks.peers import runner
 LABELS = {"int8": "**gpu-poor int8**", "int4": "**gpu-poor int4**"}
 REQUIREMENTS = ()
 NOTE = ""
+#: Our kernels, torch's own and those of its libraries.
+AVX2 = {
+    "GPU_POOR_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}  # fmt: skip
+
+
+def environment(variant: str) -> dict[str, str]:
+    return AVX2 if variant.endswith("-avx2") else {}
 
 
 def layers(model: nn.Module) -> list[dict]:
@@ -41,7 +53,7 @@ def setup(shape: str, threads: int, variant: str):
     from gpu_poor import quantize
 
     model, before = runner.float_model(shape)
-    bits, _, activation = variant.partition("-")
+    bits, _, activation = variant.removesuffix("-avx2").partition("-")
     options = {"activation": activation} if activation else {}
     model = quantize(model, bits=int(bits.removeprefix("int")), verbose=False, **options)
     session = runner.TransformersRunner(model, before)

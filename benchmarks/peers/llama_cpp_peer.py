@@ -27,6 +27,18 @@ NOTE = (
 SDIST = "llama-cpp-python==0.3.36"
 BARRIER = '    __asm__ volatile("" : : "r"(&tc) : "memory");\n'
 LOADCONFIG = "    _tile_loadconfig(&tc);\n"
+#: CMake options of this machine's instruction sets; of AVX2 and nothing newer.
+NATIVE = {"GGML_NATIVE": True}
+AVX2 = {"GGML_NATIVE": False} | {
+    f"GGML_{name}": name in ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C")
+    for name in ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C", "AVX_VNNI", "AVX512", "AVX512_VBMI",
+                 "AVX512_VNNI", "AVX512_BF16", "AMX_TILE", "AMX_INT8", "AMX_BF16")
+}  # fmt: skip
+BUILD = {
+    "GGML_OPENMP": True, "LLAMA_BUILD_COMMON": True, "LLAMA_BUILD_TOOLS": True,
+    "LLAMA_OPENSSL": False, "LLAMA_BUILD_TESTS": False, "LLAMA_BUILD_EXAMPLES": False,
+    "LLAMA_BUILD_SERVER": False, "LLAMA_BUILD_APP": False, "BUILD_SHARED_LIBS": False,
+}  # fmt: skip
 
 
 def source(folder: Path) -> Path:
@@ -37,7 +49,7 @@ def bench(folder: Path) -> Path:
     return source(folder) / "build" / "bin" / "llama-bench"
 
 
-def install(folder: Path) -> None:
+def install(folder: Path, instructions: dict[str, bool] = NATIVE) -> None:
     """Fetch the sdist, insert the barrier, build llama-bench alone (ten minutes on two cores)."""
     archive = folder / f"{source(folder).parents[1].name}.tar.gz"
     if not archive.exists():
@@ -55,10 +67,7 @@ def install(folder: Path) -> None:
         raise RuntimeError(f"{mmq}: expected one _tile_loadconfig; a newer llama.cpp?")
     if BARRIER not in text:
         mmq.write_text(text.replace(LOADCONFIG, BARRIER + LOADCONFIG))
-    off = ["LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER",
-           "LLAMA_BUILD_APP", "BUILD_SHARED_LIBS"]  # fmt: skip
-    on = ["GGML_NATIVE", "GGML_OPENMP", "LLAMA_BUILD_COMMON", "LLAMA_BUILD_TOOLS"]
-    flags = [f"-D{name}=OFF" for name in off] + [f"-D{name}=ON" for name in on]
+    flags = [f"-D{name}={'ON' if on else 'OFF'}" for name, on in (BUILD | instructions).items()]
     subprocess.run(["cmake", "-B", "build", "-DCMAKE_BUILD_TYPE=Release", *flags],
                    cwd=source(folder), check=True)  # fmt: skip
     subprocess.run(["cmake", "--build", "build", "--target", "llama-bench", "-j2"],
@@ -96,10 +105,10 @@ class LlamaBench:
         self.model.unlink(missing_ok=True)
 
 
-def setup(shape: str, threads: int, variant: str):
-    folder = peers.folder("llama_cpp")
+def setup(shape: str, threads: int, variant: str, peer: str = "llama_cpp"):
+    folder = peers.folder(peer)
     if not bench(folder).exists():
-        raise FileNotFoundError("llama-bench is not built: benchmarks.peers install llama_cpp")
+        raise FileNotFoundError(f"llama-bench is not built: benchmarks.peers install {peer}")
     model = folder / f"{shape}-{variant}.gguf"
     gguf_files.write(shape, variant, model)
     return LlamaBench(bench(folder), model, threads)

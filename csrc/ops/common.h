@@ -22,7 +22,7 @@
 #include <vector>
 
 #include "gpu_poor.h"
-#include "ops/stall.h"
+#include "ops/team.h"
 
 namespace gpu_poor {
 
@@ -80,15 +80,7 @@ void parallel(int64_t n, int64_t unit, double bytes_per_item, const F &f)
     const auto run = [&](int64_t begin, int64_t end) {
         f(begin * unit, end * unit < n ? end * unit : n);
     };
-    if (Stalls::alone()) {
-        run(0, units);
-        return;
-    }
-    Stalls::Region region;
-    torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-        run(begin, end);
-        region.share_done();
-    });
+    Team::run([&] { Team::loop(units, grain, run); });
 }
 
 /* Memory for one call's temporaries, kept by the calling thread: a fresh large block each time

@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> decoder_qkv(const Tensor &x_in, std::vector<T
                     " of ", head_dim);
     Result q(x, {x.B, x.T, block.H, block.D}), k(x, {x.B, x.T, block.G, block.D}),
         v(x, {x.B, x.T, block.G, block.D});
-    if (x.M) block.qkv(x.rows, x.M, angles.rotation, q.rows, k.rows, v.rows);
+    if (x.M) Team::run([&] { block.qkv(x.rows, x.M, angles.rotation, q.rows, k.rows, v.rows); });
     return {q.rounded(), k.rounded(), v.rounded()};
 }
 
@@ -119,7 +119,7 @@ Tensor decoder_out(const Tensor &x_in, const Tensor &attention_in, std::vector<T
     STD_TORCH_CHECK(attention.B == x.B && attention.T == x.T && attention.E == block.H * block.D, op,
                     ": attention must be [B, T, ", block.H * block.D, "], got ", shape_of(attention_in));
     Result y(x, {x.B, x.T, x.E});
-    if (x.M) block.out(x.rows, attention.rows, x.M, y.rows);
+    if (x.M) Team::run([&] { block.out(x.rows, attention.rows, x.M, y.rows); });
     return y.rounded();
 }
 
@@ -239,21 +239,23 @@ Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tenso
     reader.end();
     arena.check(x.T, widest(blocks));
     Result y(x, {x.B, x.T, x.E});
-    for (int64_t i = 0; x.M && i < arena.layers; i++) {
-        const Block &block = blocks[static_cast<size_t>(i)];
-        const Pages cache = arena.layer(i, block.window);
-        const int64_t width = block.H * block.D, kv_width = block.G * block.D;
-        const float *in = i ? y.rows : x.rows;
-        const Temporary<float> attention(x.M * width), q(x.M * width), k(x.M * kv_width),
-            v(x.M * kv_width);
-        block.qkv(in, x.M, angles.rotation, q, k, v);
-        append(cache, k, v, kv_width, x.T);
-        {
-            Scratch scratch(Attention::bytes(cache, x.T, block.H));
-            attend(Attention(cache, q, width, x.T, block.H, block.softmax_scale, attention, width, scratch));
+    Team::run([&] {
+        for (int64_t i = 0; x.M && i < arena.layers; i++) {
+            const Block &block = blocks[static_cast<size_t>(i)];
+            const Pages cache = arena.layer(i, block.window);
+            const int64_t width = block.H * block.D, kv_width = block.G * block.D;
+            const float *in = i ? y.rows : x.rows;
+            const Temporary<float> attention(x.M * width), q(x.M * width), k(x.M * kv_width),
+                v(x.M * kv_width);
+            block.qkv(in, x.M, angles.rotation, q, k, v);
+            append(cache, k, v, kv_width, x.T);
+            {
+                Scratch scratch(Attention::bytes(cache, x.T, block.H));
+                attend(Attention(cache, q, width, x.T, block.H, block.softmax_scale, attention, width, scratch));
+            }
+            block.out(in, attention, x.M, y.rows);
         }
-        block.out(in, attention, x.M, y.rows);
-    }
+    });
     return y.rounded();
 }
 

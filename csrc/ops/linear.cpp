@@ -150,28 +150,20 @@ void apply(const Linear &linear, const void *x, gp_dtype type, int64_t M, void *
 void apply(std::initializer_list<Job> jobs, int64_t M)
 {
     const auto units = [](const Job &job) {
-        return static_cast<double>((job.linear->N + job.linear->unit() - 1) / job.linear->unit());
+        return round_up(job.linear->N, job.linear->unit()) / job.linear->unit();
     };
-    const auto unit_cost = [&](const Job &job) {
-        return (1 + job.linear->cost(M)) * static_cast<double>(job.linear->unit());
-    };
-    double total = 0;
-    for (const Job &job : jobs) total += units(job) * unit_cost(job);
-    const int64_t threads = torch::stable::get_num_threads();
-    parallel(threads, 1, total / static_cast<double>(threads), [&](int64_t begin, int64_t end) {
-        double before = 0; /* what the jobs before this one cost */
-        for (const Job &job : jobs) {
-            const int64_t N = job.linear->N, unit = job.linear->unit();
-            /* The first unit that belongs to share i of all: neighbours round the same number. */
-            const auto border = [&](int64_t i) {
-                if (i == threads) return N;
-                const double at = (total * static_cast<double>(i) / static_cast<double>(threads) - before) /
-                                  unit_cost(job);
-                return std::min(static_cast<int64_t>(std::max(at, 0.0)) * unit, N);
-            };
-            const int64_t n0 = border(begin), n1 = border(end);
+    int64_t total = 0;
+    double cost = 0;
+    for (const Job &job : jobs) {
+        total += units(job);
+        cost += static_cast<double>(job.linear->N) * job.linear->cost(M);
+    }
+    parallel(total, 1, cost / static_cast<double>(total), [&](int64_t begin, int64_t end) {
+        for (const Job &job : jobs) { /* begin and end are of this one's units */
+            const int64_t n = units(job), unit = job.linear->unit();
+            const int64_t n0 = std::max<int64_t>(begin, 0) * unit, n1 = std::min(end * unit, job.linear->N);
             if (n0 < n1) job.inputs->run(*job.linear, job.y, GP_F32, n0, n1, nullptr);
-            before += units(job) * unit_cost(job);
+            begin -= n, end -= n;
         }
     });
 }

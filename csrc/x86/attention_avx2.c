@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * Attention over pages for AVX2: sixteen lanes are two registers. */
 #if defined(__x86_64__)
-#include <math.h>
-
 #include "../attention.h"
 #include "avx2.h"
 
@@ -76,13 +74,6 @@ INLINE __m128 fold4(v16 v) /* lanes l + 8, then l + 4 */
 {
     const __m256 half = _mm256_add_ps(v.a, v.b);
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-INLINE float v16_fold(v16 v)
-{
-    __m128 x = fold4(v);
-    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 
 /* Four folds at once. */

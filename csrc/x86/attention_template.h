@@ -1,13 +1,20 @@
 /* SPDX-License-Identifier: MIT
  *
  * csrc/attention.c's sums with its 16 lanes in registers; included once per instruction set with NAME, TARGET,
- * TILE, STRIP and the v16_* operations defined.
+ * TILE, STRIP, the v16_* operations and fold4 defined.
  *
  * Up to four query heads go over the keys of a chunk together, then over its values, so a head is never
  * expanded, and what is read of a page for one of them serves all. Scores come in tiles of TILE sums:
  * that many keys and heads whose 16 lanes are folded at once.
  */
 #define ROWS 4
+
+INLINE float v16_fold(v16 v)
+{
+    __m128 x = fold4(v);
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
 
 /* What a run of slots within one page looks like to the loops. While one is read, `next` is fetched: the
  * keys' runs, then the values', then the next chunk's keys. Pages lie anywhere, so no hardware knows. One
@@ -208,23 +215,15 @@ TARGET static void NAME(attend_chunk)(const gp_attend *a)
 TARGET static void NAME(attend_combine)(const float *partial, int64_t n, int64_t stride, int64_t D,
                                         float *out)
 {
-    float m = -INFINITY, sum = 0;
-    for (int64_t i = 0; i < n; i++) m = partial[i * stride + D] > m ? partial[i * stride + D] : m;
-    memset(out, 0, (size_t)D * sizeof(float));
-    for (int64_t i = 0; i < n; i++) {
-        const float *part = partial + i * stride, w = gp_exp2(part[D] - m);
-        sum = __builtin_fmaf(w, part[D + 1], sum);
-        for (int64_t d = 0; d < D; d++) out[d] = __builtin_fmaf(w, part[d], out[d]);
-    }
-    const float inverse = n ? 1 / sum : 0;
-    for (int64_t d = 0; d < D; d++) out[d] *= inverse;
+    gp_attend_combine(partial, n, stride, D, out);
 }
 
-INLINE float page_error(const float *x, int64_t D_pad, float scale)
+/* `x` is padded with zeros. */
+INLINE float page_error(const float *x, int64_t D, float scale)
 {
     const v16 by = v16_set1(scale), inverse = v16_set1(1 / scale), minus = v16_set1(-0.0f);
     v16 sum = v16_zero();
-    for (int64_t d = 0; d < D_pad; d += 16) {
+    for (int64_t d = 0; d < D; d += 16) {
         const v16 v = v16_load(x + d), q = v16_page_value(v16_mul(v, inverse));
         const v16 e = v16_fma(v16_xor(q, minus), by, v);
         sum = v16_fma(e, e, sum);
@@ -241,31 +240,17 @@ TARGET static uint16_t NAME(page_store_row)(const float *x_in, int64_t D, gp_dty
         for (; d < D; d++) gp_store(y, type, d, x_in[d]);
         return 0;
     }
-    const int64_t D_pad = gp_ceil_div(D, 16) * 16;
     float x[GP_HEAD_DIM_MAX];
-    uint32_t absmax = 0;
-    for (; d < D; d++) {
-        const uint32_t bits = gp_bits(x_in[d]) & 0x7fffffffu;
-        absmax = bits > absmax ? bits : absmax;
-        x[d] = x_in[d];
-    }
-    for (; d < D_pad; d++) x[d] = 0;
-    const uint16_t first = gp_page_scale(absmax);
-    if (!gp_page_live(first)) {
+    for (; d < D; d++) x[d] = x_in[d];
+    for (; d % 16; d++) x[d] = 0;
+    const uint16_t scale = gp_page_scale(x, D, page_error);
+    if (!gp_page_live(scale)) {
         memset(y, 0, (size_t)D);
-        return first;
+        return scale;
     }
-    uint16_t best = first;
-    float least = INFINITY;
-    for (int i = 0; i < GP_PAGE_SCALES; i++) {
-        const uint16_t scale = (uint16_t)(first + GP_PAGE_SCALE_STEP * i);
-        if (!gp_page_live(scale)) break;
-        const float error = page_error(x, D_pad, gp_f16_to_float(scale));
-        if (error < least) least = error, best = scale;
-    }
-    const float inverse = 1 / gp_f16_to_float(best);
+    const float inverse = 1 / gp_f16_to_float(scale);
     for (d = 0; d + 16 <= D; d += 16)
         v16_store_bytes((int8_t *)y + d, v16_page_value(v16_mul(v16_load(x + d), v16_set1(inverse))));
     for (; d < D; d++) ((int8_t *)y)[d] = (int8_t)gp_page_value(x[d], inverse);
-    return best;
+    return scale;
 }

@@ -12,17 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu_poor import _needs_transformers, memory
+from gpu_poor.attention.interface import Call, attention_function
 from gpu_poor.attention.lsh import use_lsh_attention
 from gpu_poor.attention.multi_query import convert_to_multi_query
 from gpu_poor.modules import evaluating, unwrap
 
 with _needs_transformers("gpu_poor.attention"):
-    from transformers import AttentionInterface, PreTrainedModel
-    from transformers.masking_utils import (
-        ALL_MASK_ATTENTION_FUNCTIONS,
-        AttentionMaskInterface,
-        causal_mask_function,
-    )
+    from transformers import PreTrainedModel
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 __all__ = [
     "convert_to_multi_query",
@@ -34,8 +31,6 @@ NAME = "gpu_poor"
 #: Up to so many new tokens run on the pages. Our kernel reads them again for each token, torch's
 #: needs a copy of all keys and values, but multiplies them as matrices.
 FEW_TOKENS = 16
-#: Arguments that would change the answer, and that neither kernel knows.
-_UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "cu_seq_lens_q")
 
 
 def left_padding(mask: Tensor | None) -> Tensor | None:
@@ -82,66 +77,37 @@ def _causal(tokens: int, length: int, window: int) -> Tensor:
     return seen & (key > query - window) if window else seen
 
 
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """The function that transformers calls: query ``[B, H, T, D]`` -> ``[B, T, H, D]``.
-
-    Raises:
-        ValueError: it is asked for attention weights, or for something that changes the answer and
-            that it doesn't know.
-    """
-    for name in _UNKNOWN:
-        if kwargs.get(name) is not None:
-            raise ValueError(f'the attention function "{NAME}" has no {name}')
-    if kwargs.get("output_attentions"):
-        raise ValueError(
-            f'the attention function "{NAME}" keeps no attention weights: '
-            'model.set_attn_implementation("eager") does'
-        )
-    layer, starts = getattr(key, "_gp_layer", None), getattr(attention_mask, "_gp_starts", None)
-    tokens = query.shape[2]
+@attention_function(NAME, _mask)
+def attend(call: Call) -> Tensor:
+    """Exact attention: of few tokens on pages where they lie, else torch's."""
+    key, value, mask, window = call.key, call.value, call.mask, call.sliding_window
+    layer, starts = getattr(key, "_gp_layer", None), getattr(mask, "_gp_starts", None)
+    tokens = call.query.shape[2]
     if layer is not None:
         layer.sequences.handed_out = None
         layer.sequences.starts = starts
-        known = attention_mask is None or starts is not None
-        if known and tokens <= FEW_TOKENS and not dropout:
-            return layer.attend(query, starts, scaling), None
-        key, value = layer.gather(query.dtype, shifted=True)
-        sliding_window = layer.window
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    length, window = key.shape[2], sliding_window or 0
-    if attention_mask is not None or not is_causal:
-        is_causal = False
-    elif tokens < length or 0 < window < length:
+        known = mask is None or starts is not None
+        if known and tokens <= FEW_TOKENS and not call.dropout:
+            return layer.attend(call.query, starts, call.scaling)
+        key, value = layer.gather(call.query.dtype, shifted=True)
+        window = layer.window
+    length, window = key.shape[2], window or 0
+    is_causal = call.is_causal and mask is None
+    if is_causal and (tokens < length or 0 < window < length):
         if tokens > 1 or 0 < window < length:
-            attention_mask = _causal(tokens, length, window)
+            mask = _causal(tokens, length, window)
         is_causal = False
     y = F.scaled_dot_product_attention(
-        query,
+        call.query,
         key,
         value,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
+        attn_mask=mask,
+        dropout_p=call.dropout,
         is_causal=is_causal,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        scale=call.scaling,
+        enable_gqa=call.query.shape[1] != key.shape[1],
     )
-    return y.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, _mask)
+    return y.transpose(1, 2).contiguous()
 
 
 def unsuitable(model: nn.Module) -> str | None:

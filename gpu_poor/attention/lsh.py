@@ -31,13 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from gpu_poor import _needs_transformers, metrics
+from gpu_poor.attention.interface import Call, attention_function
 from gpu_poor.metrics_input import Text, n_positions
 from gpu_poor.modules import unwrap
 
 with _needs_transformers("gpu_poor.attention.lsh"):
-    from transformers import AttentionInterface, PreTrainedModel
+    from transformers import PreTrainedModel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import sdpa_mask
 
 #: What the function is registered as: ``model.set_attn_implementation("gpu_poor_lsh")``.
 NAME = "gpu_poor_lsh"
@@ -290,37 +291,34 @@ def _has_layer(module: nn.Module) -> bool:
     return isinstance(getattr(module, "layer_idx", None), int)
 
 
-def lsh_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """The attention function for transformers: hashed for a whole long prompt, exact for the rest.
+@attention_function(NAME, sdpa_mask)
+def attend(call: Call) -> Tensor:
+    """Hashed for a whole long prompt, exact for the rest.
 
     Raises:
-        ValueError: dropout, a mask that adds numbers, or anything else that changes the logits.
+        ValueError: dropout, or a mask that adds numbers, where it hashes.
     """
-    if stray := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
-        raise ValueError(f"LSH attention cannot do {stray[0]}, which {type(module).__name__} needs")
-    settings = getattr(module, _SETTINGS, Settings())
-    length = query.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal or length != key.shape[2] or length <= settings.chunk:
-        options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if dropout:
+    settings = getattr(call.module, _SETTINGS, Settings())
+    length = call.query.shape[2]
+    if not call.is_causal or length != call.key.shape[2] or length <= settings.chunk:
+        return sdpa_attention_forward(
+            call.module,
+            call.query,
+            call.key,
+            call.value,
+            call.mask,
+            dropout=call.dropout,
+            scaling=call.scaling,
+            is_causal=call.is_causal,
+        )[0]
+    if call.dropout:
         raise ValueError("LSH attention has no dropout: model.eval(), or attention_dropout=0")
-    allowed = None if attention_mask is None else _allowed(attention_mask)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    settings = replace(settings, seed=settings.seed + (getattr(module, "layer_idx", None) or 0))
-    out = lsh_attention(query, key, value, scaling, settings, allowed)
-    return out.transpose(1, 2).contiguous(), None
+    allowed = None if call.mask is None else _allowed(call.mask)
+    scaling = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+    layer = getattr(call.module, "layer_idx", None) or 0
+    settings = replace(settings, seed=settings.seed + layer)
+    out = lsh_attention(call.query, call.key, call.value, scaling, settings, allowed)
+    return out.transpose(1, 2).contiguous()
 
 
 def _allowed(mask: Tensor) -> Tensor:
@@ -331,10 +329,3 @@ def _allowed(mask: Tensor) -> Tensor:
     if not bool((allowed | (mask <= torch.finfo(mask.dtype).min)).all()):
         raise ValueError("LSH attention cannot do a mask that adds numbers to the logits")
     return allowed
-
-
-#: Arguments that models hand to an attention function and that change its logits.
-_UNSUPPORTED = ("softcap", "position_bias", "s_aux", "cache")
-
-AttentionInterface.register(NAME, lsh_attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)

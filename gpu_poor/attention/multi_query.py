@@ -30,7 +30,7 @@ with _needs_transformers("convert_to_multi_query"):
         PreTrainedModel,
     )
 
-    from gpu_poor.hf import own_configs
+    from gpu_poor.hf_attach import own_configs
 
 #: Projections that can be pooled, and how many of the keys and values their rows end with.
 PROJECTIONS = {"k_proj": 1, "v_proj": 1, "qkv_proj": 2}

@@ -26,7 +26,9 @@ def assemble(
     rest: str | None = None,
 ) -> nn.Module:
     """The model of a source, its packed weights in our formats; see :func:`gpu_poor.load`."""
-    from gpu_poor.hf import GpuPoorConfig, keep_receipt, saved_class
+    from gpu_poor.hf import saved_class
+    from gpu_poor.hf_attach import keep_receipt
+    from gpu_poor.hf_config import GpuPoorConfig
 
     check_options(8, activation)
     requantize, rest = (None if name is None else formats.find(name) for name in (requantize, rest))

@@ -28,41 +28,52 @@ static void region(int work_ms, int wait_ms)
 
 #define EXPECT(what) if (!(what)) return std::printf("line %d: %s\\n", __LINE__, #what), 1
 
+/* So many regions of 1 ms of work that are over 3 ms later. */
+static void stalls(int n)
+{
+    for (int i = 0; i < n; i++) region(1, 3);
+}
+
 int main()
 {
     EXPECT(!Stalls::alone());
-    region(0, 5);
-    EXPECT(!Stalls::alone()); /* one may be chance */
-    pass_ms(150);
-    region(0, 5);
-    EXPECT(!Stalls::alone()); /* two, but not soon after each other */
-    region(20, 30);
-    EXPECT(!Stalls::alone()); /* a wait not much longer than the work is none */
-    region(0, 5);
+    for (int i = 0; i < 1000; i++) { /* 3 ms in 20, single ones: chance */
+        stalls(1);
+        pass_ms(16);
+        EXPECT(!Stalls::alone());
+    }
+    for (int i = 0; i < 100; i++) region(20, 30); /* waits not much longer than the work are none */
+    EXPECT(!Stalls::alone());
+    stalls(8);
+    EXPECT(!Stalls::alone());
+    stalls(2); /* 40 ms, three quarters of them lost */
     EXPECT(Stalls::alone());
     pass_ms(101);
     EXPECT(!Stalls::alone());
-    for (int rest = 200; rest <= 4000; rest *= 2) { /* still there: one is enough, ever longer */
-        region(1, 5);
+    for (int rest = 200; rest <= 4000; rest *= 2) { /* still there: ever longer */
+        stalls(8);
+        EXPECT(!Stalls::alone());
+        stalls(2);
         const int longest = rest < 1000 ? rest : 1000;
-        pass_ms(longest - 1);
+        pass_ms(longest - 4);
         EXPECT(Stalls::alone());
-        pass_ms(2);
+        pass_ms(5);
         EXPECT(!Stalls::alone());
     }
-    pass_ms(200);
-    region(0, 5);
+    pass_ms(300);
+    stalls(8);
     EXPECT(!Stalls::alone()); /* it was gone: as at the beginning */
-    region(0, 5);
+    stalls(2);
     EXPECT(Stalls::alone());
-    pass_ms(99);
+    pass_ms(96);
     EXPECT(Stalls::alone());
-    pass_ms(2);
+    pass_ms(5);
     EXPECT(!Stalls::alone());
-    {   /* another thread's share is not the caller's */
+    {   /* what was before a restart does not count */
         Stalls::Region r;
-        std::thread other([&] { pass_ms(5); r.share_done(); });
-        other.join();
+        pass_ms(50);
+        r.restart();
+        pass_ms(30);
     }
     EXPECT(Stalls::alone());
     return 0;
