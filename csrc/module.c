@@ -45,6 +45,14 @@ static PyObject *kernels(PyObject *self, PyObject *unused)
     return table;
 }
 
+int gp_alone(void); /* ops/team.cpp */
+
+static PyObject *alone(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    return PyBool_FromLong(gp_alone());
+}
+
 /* Whether mappings[i].get(keys[i]) is values[i] for all i. What fused blocks ask on every call, of some
  * hundred places: ten times as fast as the same in Python. */
 static PyObject *unchanged(PyObject *self, PyObject *args)
@@ -72,6 +80,7 @@ static PyMethodDef methods[] = {
     {"set_isa", set_isa, METH_O, "Use nothing faster than the named implementation."},
     {"available", available, METH_NOARGS, "Implementations this CPU can run, slowest first."},
     {"kernels", kernels, METH_NOARGS, "For each kernel the implementation that serves it."},
+    {"alone", alone, METH_NOARGS, "Whether loops run on the calling thread alone just now."},
     {"unchanged", unchanged, METH_VARARGS, "Whether mappings[i].get(keys[i]) is values[i] for all i."},
     {NULL, NULL, 0, NULL},
 };

@@ -43,6 +43,7 @@ def kernels() -> dict[str, str]:
 
 
 unchanged = _C.unchanged
+alone = _C.alone
 
 
 def uses_torch() -> bool:

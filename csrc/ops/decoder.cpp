@@ -215,14 +215,18 @@ void Block::out(const float *x, const float *attention, int64_t M, float *y) con
     }
     const Temporary<float> inner(M * inner_);
     const Inputs inputs(inner, GP_F32, M, inner_, {&down_.linear});
-    for_tokens(M, inner_, [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; m++) {
-            const float *g = gate + m * gate_.linear.N;
-            const float *u = gated_ == 1 ? up + m * inner_ : gated_ == 2 ? g + inner_ : nullptr;
-            gp.activate_row(activation_, g, u, inner_, inner + m * inner_);
+    /* By columns, because one token has many: a gelu takes as long as 32 bytes of weights. */
+    constexpr int64_t kColumns = 512;
+    const int64_t parts = (inner_ + kColumns - 1) / kColumns;
+    parallel(M * parts, 1, 32.0 * kColumns, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            const int64_t m = i / parts, n = i % parts * kColumns;
+            const float *g = gate + m * gate_.linear.N + n;
+            const float *u = gated_ == 1 ? up + m * inner_ + n : gated_ == 2 ? g + inner_ : nullptr;
+            gp.activate_row(activation_, g, u, std::min(kColumns, inner_ - n), inner + m * inner_ + n);
         }
-        inputs.prepare(begin, end);
     });
+    inputs.prepare();
     apply({{&down_.linear, &inputs, y}}, M);
     for_tokens(M, E, [&](int64_t begin, int64_t end) {
         add(projected + begin * E, (end - begin) * E, y + begin * E);

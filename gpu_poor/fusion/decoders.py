@@ -25,6 +25,7 @@ from gpu_poor.fusion.blocks import (
     refusal,
     subclass,
 )
+from gpu_poor.fusion.company import follow
 
 #: New tokens of a sequence up to which a call is a step: beyond, torch's flash kernel is faster
 #: than ours, which reads the pages again for each.
@@ -90,6 +91,7 @@ def forward(self: nn.Module, *args, **kwargs):
     base = original(type(self)).forward
     if torch.compiler.is_compiling():
         return base(self, *args, **kwargs)
+    follow()
     call = dict(zip(type(self)._gp_arguments, args, strict=False)) | kwargs
     y = _step(self, call)
     if isinstance(y, Tensor):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gpu_poor import attention, memory
+from gpu_poor.fusion import company
 from gpu_poor.fusion.binding import original
 from gpu_poor.fusion.blocks import subclass
 from gpu_poor.kv_cache.cache import PagedKVCache
@@ -78,7 +79,8 @@ def generate(self, *args, **kwargs):
     made = []
     token = _made.set(made)
     try:
-        return original(type(self)).generate(self, *args, **kwargs)
+        with company.followed():
+            return original(type(self)).generate(self, *args, **kwargs)
     except BaseException:
         for cache in made:
             with cache.pool.allocator.lock:
