@@ -7,7 +7,9 @@ not installed, fails, or changes nothing is a row that says so. With AVX2 only, 
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 from benchmarks import machine, peers
 from benchmarks.peers.compete import compete
@@ -18,6 +20,11 @@ def run(args: argparse.Namespace) -> int:
     names = peers.contenders(tuple(args.peers))
     plan = Plan((32,), 8, 4) if args.quick else Plan(decode_tokens=16)
     results = {"header": machine.header(args.threads), "complete": False, "shapes": {}}
+    if args.add:
+        found = json.loads(Path(args.json or machine.RESULTS / "peers.json").read_text())
+        if found["header"]["cpu"] != results["header"]["cpu"]:
+            raise SystemExit(f"--add: the file is of another machine, {found['header']['cpu']}")
+        results["shapes"] = found["shapes"]
     for shape in args.shapes:
         print(f"{shape}:", file=sys.stderr)
         results["shapes"][shape] = compete(shape, names, args.rounds, args.threads, plan)
@@ -41,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     go.add_argument("--threads", type=int, default=2)
     go.add_argument("--quick", action="store_true", help="short prompts; for trying it out")
     go.add_argument("--json", help="default: benchmarks/results/peers.json")
+    go.add_argument("--add", action="store_true", help="keep what the file has of other shapes")
     args = parser.parse_args(argv)
     if args.command == "run":
         return run(args)
