@@ -213,7 +213,7 @@ def marked_tables(records: dict) -> dict[str, str]:
         "speed": tables.speed(records["model"]),
         "quality": tables.quality(records["quality"]),
         "strategies": tables.strategy_summary(records["strategies"]),
-        "peers": tables.peers(records["peers"], ("gpt2-large", "tinyllama-1.1b")),
+        "peers": tables.peers(records["peers"], ("gpt2-large",)),
         "planning": tables.predictions(records["planning"]),
         "attention": report_decode.attention(records["attention"]),
         "decode": report_decode.decode(records["decode"]),
