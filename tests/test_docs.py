@@ -22,7 +22,7 @@ def run_readme(folder, name: str) -> None:
     """All Python blocks, top to bottom in one session, on a model in place of the one named."""
     (folder / "my_text.txt").write_text(assets.valid_text()[:6000])
     code = blocks("python")
-    assert len(code) == 5 and '"gpt2-large"' in code[0]
+    assert len(code) == 6 and '"gpt2-large"' in code[0]
     session: dict = {}
     for block in code:
         exec(compile(block.replace('"gpt2-large"', repr(name)), "README", "exec"), session)
