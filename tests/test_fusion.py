@@ -168,14 +168,16 @@ def test_on_every_instruction_set(isa):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_models_keep_their_dtype(family, dtype):
-    model = make(family).to(dtype)
-    wide = make(family, fused=False).float()
+    """Logits of 16 bits are steps of up to 1/256, so fused and eager can't agree to 1e-3: both are
+    compared with float32, and fused blocks, which round less often, are no farther from it."""
+    model, eager = make(family).to(dtype), make(family, fused=False).to(dtype)
+    wide, ids = copy.deepcopy(eager).float(), tokens(4, 25)
     with torch.no_grad():
-        got, want = model(tokens(2, 9)).logits, wide(tokens(2, 9)).logits
+        got, rounded, want = (m(ids).logits for m in (model, eager, wide))
     assert got.dtype == dtype and reasons(model) == {None}
-    spread = float(want.max() - want.min())
-    assert float((got.float() - want).abs().max()) <= 0.05 * spread
-    generate(model, tokens(2, 9))
+    errors = [float((y.float() - want).square().mean().sqrt()) for y in (got, rounded)]
+    assert errors[0] <= 1.1 * errors[1]
+    generate(model, ids)
     assert step_reason(model) is None
 
 
