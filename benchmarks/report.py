@@ -209,7 +209,7 @@ def results_md(records: dict, others: dict[str, dict], results: str) -> str:
 
 def marked_tables(records: dict) -> dict[str, str]:
     return {
-        "summary": tables.summary(records["model"]),
+        "summary": tables.summary(records["model"], ("gpt2", "gpt2-large", "tinyllama-1.1b")),
         "speed": tables.speed(records["model"]),
         "quality": tables.quality(records["quality"]),
         "strategies": tables.strategy_summary(records["strategies"]),

@@ -48,12 +48,14 @@ def speedup(row: dict, base: str, measurement: str) -> str | None:
 # -- model.json --------------------------------------------------------------------------------
 
 
-def summary(record: dict | None) -> str:
-    """One row a model: what a user gets."""
+def summary(record: dict | None, shapes: tuple[str, ...] | None = None) -> str:
+    """One row a model and format: what a user gets. shapes: only these."""
     if not record:
         return NOT_YET
     rows = []
     for row in ours(record, names=(INT8, INT4)):
+        if shapes is not None and row["shape"] not in shapes:
+            continue
         rows.append([
             named(row["shape"]), row["name"][-4:], mb(row["bytes_before"]), mb(row["bytes"]),
             percent(1 - row["bytes"] / row["bytes_before"]),
