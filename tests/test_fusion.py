@@ -354,6 +354,19 @@ def test_other_caches_work():
         assert kind.__name__ in step_reason(model)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "gpu_poor"])
+def test_a_static_cache_has_empty_slots(family, attention):
+    """transformers makes no mask for the first tokens of one: none sees beyond itself."""
+    model, eager = make(family), make(family, fused=False)
+    model.set_attn_implementation(attention)
+    for ids in (tokens(1, 9), tokens(2, 9)):
+        got, want = (
+            generate(m, ids, cache_implementation="static", new=6)[1][:3] for m in (model, eager)
+        )
+        assert_close(got, want)
+        assert reasons(model) == {None}
+
+
 @pytest.mark.parametrize("form", ["fp32", "int8"])
 def test_a_given_cache_in_pages(form):
     model = make("llama")

@@ -125,12 +125,26 @@ def attention_function(attention: nn.Module):
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from gpu_poor.attention import NAME
-
     name = attention.config._attn_implementation
-    name = NAME if name == "sdpa" else name
+    if name == "sdpa":
+        return _in_place_of_sdpa
     own = sys.modules[type(attention).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get(name, own)
+
+
+def _in_place_of_sdpa(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask, **options):
+    """Ours, told of the slots that SDPA's upper left causality leaves out without a mask.
+
+    They are those of a static cache that are still empty when the first tokens come.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from gpu_poor.attention import NAME
+
+    tokens = q.shape[2]
+    if mask is None and tokens > 1:
+        k, v = k[:, :, :tokens], v[:, :, :tokens]
+    return ALL_ATTENTION_FUNCTIONS[NAME](attention, q, k, v, mask, **options)
 
 
 def parameters_after(method, skip: int) -> tuple[str, ...]:
