@@ -27,6 +27,8 @@ from gpu_poor.modules import Holder, hooked, unwrap
 from gpu_poor.nn import QuantizedModule
 
 PROMPT_TOKENS = 32
+#: What ends a text: looking for it costs what it always does, but is in vain.
+NO_TOKEN = torch.iinfo(torch.int64).max
 #: Names of the ranges that we record: of a module by its name, of the cache, of a token.
 MODULE, CACHE, TOKEN = "gpu_poor.module:", "gpu_poor.cache", "gpu_poor.token"
 BETWEEN = "Python between"
@@ -222,7 +224,7 @@ def _generator(model: nn.Module, ids: Tensor, n_tokens: int) -> Callable[[_Clock
             do_sample=False,
             num_beams=1,
             max_new_tokens=n_tokens,
-            eos_token_id=-1,  # none: looking for the end costs what it always does, but is in vain
+            eos_token_id=NO_TOKEN,
             pad_token_id=0,
             streamer=clock,
         )
