@@ -277,6 +277,53 @@ def test_gradients_come_from_the_eager_path():
     assert _eager_reason(model) == {None}
 
 
+def test_gradients_of_a_cache():
+    """A prefix that is trained, in evaluation mode, of a model that is not."""
+    found = []
+    for model in (make("llama").requires_grad_(False), make("llama", fused=False)):
+        cache = transformers.DynamicCache(config=model.config)
+        generator = torch.Generator().manual_seed(0)
+        prefix = torch.randn(4, 1, 2, 3, 32, generator=generator).requires_grad_()
+        for i in range(2):
+            cache.update(prefix[2 * i], prefix[2 * i + 1], i)
+        model(tokens(1, 5), past_key_values=cache).logits.sum().backward()
+        found.append(prefix.grad)
+    assert_close(*found)
+    assert bool((found[0].flatten(1).abs().sum(1) > 0).all())
+
+
+def test_transforms_take_the_eager_path():
+    model, eager = make("llama").requires_grad_(False), make("llama", fused=False)
+    embeddings = model.get_input_embeddings()(tokens(2, 5)).detach()
+
+    def logits(x):
+        return model(inputs_embeds=x, use_cache=False).logits
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(logits, (embeddings,), (embeddings,))
+    with torch.no_grad():
+        got = torch.func.vmap(lambda x: logits(x[None]))(embeddings)[:, 0]
+        assert_close(got, eager(inputs_embeds=embeddings).logits)
+    assert _eager_reason(model) == {None}
+
+
+class _Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_is_of_the_eager_path():
+    model = make("llama")
+    with torch.no_grad():
+        traced = torch.jit.trace(_Logits(model), tokens(2, 5))
+        assert_close(traced(tokens(2, 5)), model(tokens(2, 5)).logits)
+
+
 def test_training_mode():
     model = make("gpt2").train()
     assert _eager_reason(model) == {"in training mode"}
@@ -389,6 +436,22 @@ def test_a_conversation_goes_on_in_its_cache():
     _, got, _ = generate(model, both, new=5, past_key_values=cache)
     _, want, _ = generate(model, both, new=5)
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_sequences_are_transformers_error(fused):
+    with pytest.raises(RuntimeError, match="0 elements"):
+        make("llama", fused=fused).generate(tokens(2, 5)[:0], max_new_tokens=3)
+
+
+def test_an_early_exit_runs_fewer_blocks():
+    """transformers lowers the config's number of layers to draft, and raises it again to check."""
+    model, ids = make("llama"), tokens(1, 9)
+    want = make("llama", fused=False).generate(ids, max_new_tokens=8, do_sample=False)
+    got = model.generate(ids, max_new_tokens=8, do_sample=False, assistant_early_exit=1)
+    assert torch.equal(got, want)
+    assert_close(generate(model, ids)[1], generate(make("llama", fused=False), ids)[1])
+    assert step_reason(model) is None
 
 
 def test_beams_and_several_sequences():

@@ -62,7 +62,9 @@ def bind_decoder(model: nn.Module) -> Binding:
 
 def _bind(model: nn.Module, entry: Architecture, watch: Watch) -> Binding:
     blocks = watch.read(model._modules, entry.decoder.blocks)
-    if len(blocks) != model.config.num_hidden_layers:
+    config = model.config
+    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if len(blocks) != watch.read(vars(config), key):  # an early exit has it changed for a while
         raise NotFused(f"it has {len(blocks)} blocks, its config says otherwise")
     joined = Binding(watch)
     rows = []
@@ -253,7 +255,7 @@ def _paged(model: nn.Module, made, sequences: int, tokens: int):
     token = len(memory.layer_windows(config)) * 2 * heads * head_dim * model.dtype.itemsize
     page = PAGE_SIZE * token
     pages = sequences * math.ceil(tokens / PAGE_SIZE)
-    if pages * page > room:
+    if not 0 < pages * page <= room:
         return None
     longest = max(tokens, getattr(config, "max_position_embeddings", None) or 0)
     wanted = sequences * math.ceil(longest / PAGE_SIZE) * page
