@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import MODELS, SIZES, make_model, tokens
 from torch import nn
+from torch.nn.utils import prune
 
 import gpu_poor
 from gpu_poor import explain, fuse, isa, quantize, unfuse
@@ -481,9 +482,55 @@ def test_a_replaced_linear_is_not_overlooked():
 
     layer.q_proj = Doubled().eval()
     found = _eager_reason(model)
-    assert found == {None, "q_proj is Doubled, not quantized"}
+    assert found == {None, f"q_proj is Doubled, with a forward of {__name__}"}
     layer.q_proj = original
     assert _eager_reason(model) == {None}
+
+
+def test_a_class_of_ones_own_is_not_overlooked(monkeypatch):
+    """Attention of a subclass, and a method that is replaced in a class of transformers."""
+
+    def doubled(self, *args, **kwargs):
+        out, weights = base(self, *args, **kwargs)
+        return 2 * out, weights
+
+    model, eager = make("llama"), make("llama", fused=False)
+    attention = type(model.model.layers[0].self_attn)
+    base = attention.forward
+    mine = type("Doubled", (attention,), {"forward": doubled, "__module__": __name__})
+    for m in (model, eager):
+        m.model.layers[0].self_attn.__class__ = mine
+    assert_close(generate(model, tokens(1, 9))[1], generate(eager, tokens(1, 9))[1])
+    assert reasons(model) == {None, f"self_attn is Doubled, with a forward of {__name__}"}
+
+    monkeypatch.setattr(attention, "forward", doubled)
+    model, eager = make("llama"), make("llama", fused=False)
+    assert_close(generate(model, tokens(1, 9))[1], generate(eager, tokens(1, 9))[1])
+    assert reasons(model) == {f"self_attn is LlamaAttention, with a forward of {__name__}"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_other_numbers_are_noticed(family):
+    """Of norms, and what scores are multiplied by, after a first call."""
+    model, eager = make(family), make(family, fused=False)
+    generate(model, tokens(1, 9))
+    for m in (model, eager):
+        for module in m.modules():
+            for name in ("eps", "variance_epsilon"):
+                if name in vars(module):
+                    setattr(module, name, 1e-3)
+            if "scaling" in vars(module):
+                module.scaling *= 10
+    assert_close(generate(model, tokens(1, 9))[1][:3], generate(eager, tokens(1, 9))[1][:3])
+    assert step_reason(model) is None and reasons(model) == {None}
+
+
+def test_a_pruned_norm_is_no_parameter():
+    model, eager = make("llama"), make("llama", fused=False)
+    for m in (model, eager):
+        prune.l1_unstructured(m.model.layers[0].input_layernorm, "weight", 0.3)
+    assert_close(generate(model, tokens(1, 9))[1], generate(eager, tokens(1, 9))[1])
+    assert reasons(model) == {None, "a LlamaRMSNorm without a weight of its own"}
 
 
 def test_a_patched_forward_is_called():
