@@ -255,6 +255,12 @@ def test_a_saved_model_is_fused_when_it_is_loaded(tmp_path, family):
     assert loaded.config.architectures == [type(model).__name__]
 
 
+@pytest.mark.parametrize("function", [fuse, unfuse, explain])
+def test_what_is_no_model(function):
+    with pytest.raises(TypeError, match=f"{function.__name__} takes a model, got NoneType"):
+        function(None)
+
+
 def test_dequantize_unfuses():
     model = gpu_poor.dequantize(make("llama"))
     assert all(type(block) is not None for block in blocks(model))

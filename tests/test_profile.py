@@ -155,7 +155,11 @@ def test_files(model, tmp_path):
     [
         ({"n_tokens": 1}, ValueError, "n_tokens >= 2"),
         ({"runs": 0}, ValueError, "runs >= 1"),
+        ({"n_tokens": 3.5}, ValueError, "integers n_tokens"),
         ({"prompt": []}, ValueError, "prompt is empty"),
+        ({"prompt": [[1, 2], [3, 4]]}, ValueError, "one row of token ids"),
+        ({"prompt": [1.5]}, ValueError, "one row of token ids"),
+        ({"prompt": [3, 512]}, ValueError, "vocabulary of 512"),
         ({"n_tokens": 500}, ValueError, "context of 512"),
     ],
 )

@@ -21,6 +21,7 @@ from gpu_poor.fusion.decoders import (
     decoder_of,
     generating_class,
 )
+from gpu_poor.modules import unwrap
 
 __all__ = ["ARCHITECTURES", "Explanation", "Path", "explain", "fuse", "unfuse"]
 
@@ -43,8 +44,9 @@ def fuse(model: nn.Module) -> nn.Module:
     Returns:
         The same model. :func:`explain` says what came of it, :func:`unfuse` undoes it.
     """
-    blocks = [m for m in model.modules() if architecture_of(m) is not None]
-    for module in model.modules():
+    inner = _checked(model, "fuse")
+    blocks = [m for m in inner.modules() if architecture_of(m) is not None]
+    for module in inner.modules():
         cls = type(module)
         if original(cls) is not cls:
             continue
@@ -56,7 +58,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Let all blocks run as they were written; in place. Not fused: nothing happens."""
-    for module in model.modules():
+    for module in _checked(model, "unfuse").modules():
         if original(type(module)) is not type(module):
             module.__class__ = original(type(module))
             for name in (BINDING, LAST):
@@ -110,6 +112,7 @@ class Explanation:
 
 def explain(model: nn.Module) -> Explanation:
     """Which path each known decoder block takes now, and why; with what the last call met."""
+    model = _checked(model, "explain")
     result = Explanation(original(type(model)).__name__)
     for name, module in model.named_modules():
         if architecture_of(module) is not None:
@@ -117,6 +120,14 @@ def explain(model: nn.Module) -> Explanation:
         elif decoder_of(module) is not None:
             result.steps.append(_path(name, module, decoder_binding_of))
     return result
+
+
+def _checked(model, function: str) -> nn.Module:
+    """The model, or the one that a QuantizedModel holds."""
+    model = unwrap(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} takes a model, got {type(model).__name__}")
+    return model
 
 
 def _path(name: str, module: nn.Module, bound) -> Path:
