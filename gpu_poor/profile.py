@@ -27,6 +27,8 @@ from gpu_poor.modules import Holder, hooked, unwrap
 from gpu_poor.nn import QuantizedModule
 
 PROMPT_TOKENS = 32
+#: What ends a text: looking for it costs what it always does, but is in vain.
+NO_TOKEN = torch.iinfo(torch.int64).max
 #: Names of the ranges that we record: of a module by its name, of the cache, of a token.
 MODULE, CACHE, TOKEN = "gpu_poor.module:", "gpu_poor.cache", "gpu_poor.token"
 BETWEEN = "Python between"
@@ -130,8 +132,8 @@ def profile(
     holder, model = model, unwrap(model)
     if not callable(getattr(model, "generate", None)):
         raise TypeError(f"profile takes a model that generates text, got {type(model).__name__}")
-    if n_tokens < 2 or runs < 1:
-        raise ValueError(f"needs n_tokens >= 2 and runs >= 1, got {n_tokens} and {runs}")
+    if type(n_tokens) is not int or type(runs) is not int or n_tokens < 2 or runs < 1:
+        raise ValueError(f"needs integers n_tokens >= 2, runs >= 1, got {n_tokens!r} and {runs!r}")
     if model.device.type != "cpu":
         raise ValueError(f"the model is on {model.device}: profile measures on the CPU")
     ids = _ids(holder, prompt, tokenizer, n_tokens)
@@ -203,9 +205,14 @@ def _ids(holder, prompt, tokenizer, n_tokens: int) -> Tensor:
         prompt = (tokenizer or own or tokenizer_of(model))(prompt)["input_ids"]
     if prompt is None:
         prompt = torch.arange(PROMPT_TOKENS) % model.config.get_text_config().vocab_size
-    ids = torch.as_tensor(prompt, dtype=torch.int64).reshape(1, -1)
-    if not ids.shape[1]:
+    ids, words = torch.as_tensor(prompt), model.config.get_text_config().vocab_size
+    if not ids.numel():
         raise ValueError("the prompt is empty")
+    if ids.is_floating_point() or ids.dim() > 2 or ids.dim() == 2 and len(ids) > 1:
+        raise ValueError(f"the prompt must be one row of token ids, got {ids.dtype} {[*ids.shape]}")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < words:
+        raise ValueError(f"the prompt has tokens that are not in the vocabulary of {words}")
+    ids = ids.to(torch.int64).reshape(1, -1)
     if ids.shape[1] + n_tokens > n_positions(model):
         raise ValueError(
             f"{ids.shape[1]} tokens of prompt and {n_tokens} new ones do not fit into the model's "
@@ -222,7 +229,7 @@ def _generator(model: nn.Module, ids: Tensor, n_tokens: int) -> Callable[[_Clock
             do_sample=False,
             num_beams=1,
             max_new_tokens=n_tokens,
-            eos_token_id=-1,  # none: looking for the end costs what it always does, but is in vain
+            eos_token_id=NO_TOKEN,
             pad_token_id=0,
             streamer=clock,
         )

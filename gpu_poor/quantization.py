@@ -165,7 +165,7 @@ class QuantizedModel(Holder):
         stops, ends = _stops(stop), self._ends(options)
         arguments = self._arguments(rows, max_new_tokens, options)
         if stops:
-            _check_one_beam(self.model, options, "stop")
+            self._check_one_beam(options, "stop")
             watched = [Continuation(self.tokenizer, ids, ends, stops) for ids in rows]
             _add_criterion(arguments, _Watch(watched, arguments["input_ids"].shape[1]))
         out = self.model.generate(**arguments)[:, arguments["input_ids"].shape[1] :].tolist()
@@ -194,7 +194,7 @@ class QuantizedModel(Holder):
         prompts, several = _prompts(prompt)
         if several:
             raise TypeError("stream takes one prompt; generate takes a list of them")
-        _check_one_beam(self.model, options, "stream")
+        self._check_one_beam(options, "stream")
         ids = self._encode(prompts[0])
         continuation = Continuation(self.tokenizer, ids, self._ends(options), _stops(stop))
         return self._pieces(continuation, self._arguments([ids], max_new_tokens, options))
@@ -257,16 +257,16 @@ class QuantizedModel(Holder):
         longest = max(map(len, rows))
         room = n_positions(self.model) - longest
         if max_new_tokens is None:
-            wanted = self.model.generation_config.max_new_tokens or MAX_NEW_TOKENS
+            wanted = self._said(options, "max_new_tokens") or MAX_NEW_TOKENS
             max_new_tokens = min(wanted, room)
-        elif max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+        elif type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
         elif max_new_tokens > room:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens} does not fit: the prompt has {longest} tokens, "
                 f"and the model's context is {longest + room}"
             )
-        pad = options.get("pad_token_id", self.model.generation_config.pad_token_id)
+        pad = self._said(options, "pad_token_id")
         if pad is None:  # masked before a prompt, cut off after a text: any token does
             pad = next(iter(self._ends(options)), 0)
         padded = [[pad] * (longest - len(ids)) + ids for ids in rows]
@@ -283,11 +283,19 @@ class QuantizedModel(Holder):
 
     def _ends(self, options: dict) -> list[int]:
         """The token ids that end a text."""
-        ends = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = self._said(options, "eos_token_id")
         ends = self.tokenizer.eos_token_id if ends is None else ends
-        if ends is None:
-            return []
-        return [ends] if isinstance(ends, int) else list(ends)
+        return [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+
+    def _said(self, options: dict, name: str):
+        """An option of ``generate``: as the call, the config given with it, or the model's says."""
+        configs = options.get("generation_config"), self.model.generation_config
+        said = (options.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in said if value is not None), None)
+
+    def _check_one_beam(self, options: dict, what: str) -> None:
+        if (beams := self._said(options, "num_beams") or 1) > 1:
+            raise ValueError(f"{what} works with one beam, got num_beams={beams}")
 
     # -- the model's own --------------------------------------------------------------------
 
@@ -327,6 +335,11 @@ _CONFIG_OPTIONS = (
 
 #: Options of transformers' generate that have no place here, and what to do instead.
 _OURS = {
+    "attention_mask": "the prompts say what is padding",
+    "input_ids": "give the text; model.model.generate takes tokens",
+    "inputs": "give the text; model.model.generate takes tokens",
+    "inputs_embeds": "give the text; model.model.generate takes embeddings",
+    "max_length": "it is max_new_tokens here",
     "num_return_sequences": "give the prompt several times",
     "return_dict_in_generate": "the result is text; model.model.generate has the rest",
     "stop_strings": "it is stop here",
@@ -363,14 +376,8 @@ def _add_criterion(arguments: dict, criterion: StoppingCriteria) -> None:
     arguments["stopping_criteria"] = StoppingCriteriaList([*others, criterion])
 
 
-def _check_one_beam(model: nn.Module, options: dict, what: str) -> None:
-    beams = options.get("num_beams", model.generation_config.num_beams)
-    if (beams or 1) > 1:
-        raise ValueError(f"{what} works with one beam, got num_beams={beams}")
-
-
 def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    stops = (stop,) if isinstance(stop, str | int) else tuple(stop or ())
     if not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"stop must be a string or strings, none of them empty, got {stop!r}")
     return stops

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import MODELS, SIZES, make_model, tokens
 from torch import nn
+from torch.nn.utils import prune
 
 import gpu_poor
 from gpu_poor import explain, fuse, isa, quantize, unfuse
@@ -256,6 +257,12 @@ def test_a_saved_model_is_fused_when_it_is_loaded(tmp_path, family):
     assert loaded.config.architectures == [type(model).__name__]
 
 
+@pytest.mark.parametrize("function", [fuse, unfuse, explain])
+def test_what_is_no_model(function):
+    with pytest.raises(TypeError, match=f"{function.__name__} takes a model, got NoneType"):
+        function(None)
+
+
 def test_dequantize_unfuses():
     model = gpu_poor.dequantize(make("llama"))
     assert all(type(block) is not None for block in blocks(model))
@@ -277,6 +284,53 @@ def test_gradients_come_from_the_eager_path():
     assert all("gradients" in reason for reason in reasons(model))
     assert model.model.layers[0].input_layernorm.weight.grad is not None
     assert _eager_reason(model) == {None}
+
+
+def test_gradients_of_a_cache():
+    """A prefix that is trained, in evaluation mode, of a model that is not."""
+    found = []
+    for model in (make("llama").requires_grad_(False), make("llama", fused=False)):
+        cache = transformers.DynamicCache(config=model.config)
+        generator = torch.Generator().manual_seed(0)
+        prefix = torch.randn(4, 1, 2, 3, 32, generator=generator).requires_grad_()
+        for i in range(2):
+            cache.update(prefix[2 * i], prefix[2 * i + 1], i)
+        model(tokens(1, 5), past_key_values=cache).logits.sum().backward()
+        found.append(prefix.grad)
+    assert_close(*found)
+    assert bool((found[0].flatten(1).abs().sum(1) > 0).all())
+
+
+def test_transforms_take_the_eager_path():
+    model, eager = make("llama").requires_grad_(False), make("llama", fused=False)
+    embeddings = model.get_input_embeddings()(tokens(2, 5)).detach()
+
+    def logits(x):
+        return model(inputs_embeds=x, use_cache=False).logits
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(logits, (embeddings,), (embeddings,))
+    with torch.no_grad():
+        got = torch.func.vmap(lambda x: logits(x[None]))(embeddings)[:, 0]
+        assert_close(got, eager(inputs_embeds=embeddings).logits)
+    assert _eager_reason(model) == {None}
+
+
+class _Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_is_of_the_eager_path():
+    model = make("llama")
+    with torch.no_grad():
+        traced = torch.jit.trace(_Logits(model), tokens(2, 5))
+        assert_close(traced(tokens(2, 5)), model(tokens(2, 5)).logits)
 
 
 def test_training_mode():
@@ -385,6 +439,19 @@ def test_other_caches_work():
         assert kind.__name__ in step_reason(model)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "gpu_poor"])
+def test_a_static_cache_has_empty_slots(family, attention):
+    """transformers makes no mask for the first tokens of one: none sees beyond itself."""
+    model, eager = make(family), make(family, fused=False)
+    model.set_attn_implementation(attention)
+    for ids in (tokens(1, 9), tokens(2, 9)):
+        got, want = (
+            generate(m, ids, cache_implementation="static", new=6)[1][:3] for m in (model, eager)
+        )
+        assert_close(got, want)
+        assert reasons(model) == {None}
+
+
 @pytest.mark.parametrize("form", ["fp32", "int8"])
 def test_a_given_cache_in_pages(form):
     model = make("llama")
@@ -407,6 +474,22 @@ def test_a_conversation_goes_on_in_its_cache():
     _, got, _ = generate(model, both, new=5, past_key_values=cache)
     _, want, _ = generate(model, both, new=5)
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_sequences_are_transformers_error(fused):
+    with pytest.raises(RuntimeError, match="0 elements"):
+        make("llama", fused=fused).generate(tokens(2, 5)[:0], max_new_tokens=3)
+
+
+def test_an_early_exit_runs_fewer_blocks():
+    """transformers lowers the config's number of layers to draft, and raises it again to check."""
+    model, ids = make("llama"), tokens(1, 9)
+    want = make("llama", fused=False).generate(ids, max_new_tokens=8, do_sample=False)
+    got = model.generate(ids, max_new_tokens=8, do_sample=False, assistant_early_exit=1)
+    assert torch.equal(got, want)
+    assert_close(generate(model, ids)[1], generate(make("llama", fused=False), ids)[1])
+    assert step_reason(model) is None
 
 
 def test_beams_and_several_sequences():
@@ -436,9 +519,55 @@ def test_a_replaced_linear_is_not_overlooked():
 
     layer.q_proj = Doubled().eval()
     found = _eager_reason(model)
-    assert found == {None, "q_proj is Doubled, not quantized"}
+    assert found == {None, f"q_proj is Doubled, with a forward of {__name__}"}
     layer.q_proj = original
     assert _eager_reason(model) == {None}
+
+
+def test_a_class_of_ones_own_is_not_overlooked(monkeypatch):
+    """Attention of a subclass, and a method that is replaced in a class of transformers."""
+
+    def doubled(self, *args, **kwargs):
+        out, weights = base(self, *args, **kwargs)
+        return 2 * out, weights
+
+    model, eager = make("llama"), make("llama", fused=False)
+    attention = type(model.model.layers[0].self_attn)
+    base = attention.forward
+    mine = type("Doubled", (attention,), {"forward": doubled, "__module__": __name__})
+    for m in (model, eager):
+        m.model.layers[0].self_attn.__class__ = mine
+    assert_close(generate(model, tokens(1, 9))[1], generate(eager, tokens(1, 9))[1])
+    assert reasons(model) == {None, f"self_attn is Doubled, with a forward of {__name__}"}
+
+    monkeypatch.setattr(attention, "forward", doubled)
+    model, eager = make("llama"), make("llama", fused=False)
+    assert_close(generate(model, tokens(1, 9))[1], generate(eager, tokens(1, 9))[1])
+    assert reasons(model) == {f"self_attn is LlamaAttention, with a forward of {__name__}"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_other_numbers_are_noticed(family):
+    """Of norms, and what scores are multiplied by, after a first call."""
+    model, eager = make(family), make(family, fused=False)
+    generate(model, tokens(1, 9))
+    for m in (model, eager):
+        for module in m.modules():
+            for name in ("eps", "variance_epsilon"):
+                if name in vars(module):
+                    setattr(module, name, 1e-3)
+            if "scaling" in vars(module):
+                module.scaling *= 10
+    assert_close(generate(model, tokens(1, 9))[1][:3], generate(eager, tokens(1, 9))[1][:3])
+    assert step_reason(model) is None and reasons(model) == {None}
+
+
+def test_a_pruned_norm_is_no_parameter():
+    model, eager = make("llama"), make("llama", fused=False)
+    for m in (model, eager):
+        prune.l1_unstructured(m.model.layers[0].input_layernorm, "weight", 0.3)
+    assert_close(generate(model, tokens(1, 9))[1], generate(eager, tokens(1, 9))[1])
+    assert reasons(model) == {None, "a LlamaRMSNorm without a weight of its own"}
 
 
 def test_a_patched_forward_is_called():

@@ -214,3 +214,9 @@ def test_quantized_models_are_refused():
             convert_to_multi_query(each, 1)
     with pytest.raises(TypeError, match="a model of transformers"):
         convert_to_multi_query(torch.nn.Linear(2, 2), 1)
+
+
+def test_one_head_is_the_fewest():
+    model = convert_to_multi_query(make_model("llama"), 1, verbose=False)
+    with pytest.raises(ValueError, match="has one key/value head"):
+        convert_to_multi_query(model, 1, verbose=False)

@@ -8,6 +8,7 @@ import torch
 from conftest import logits, make_model, tokens
 from helpers import weight_error
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gpu_poor
 from gpu_poor import ops, quantize
@@ -395,6 +396,19 @@ def test_a_float_state_dict_is_refused():
     state["lm_head.weight_scale"] = state["lm_head.weight_scale"].half()
     with pytest.raises(RuntimeError, match="lm_head.weight_scale must be torch.float32"):
         model.load_state_dict(state)
+
+
+def test_gradients_through_a_checkpoint():
+    """transformers' gradient_checkpointing_enable: saved tensors can be had a single time."""
+    layer = nn.Linear(32, 16).requires_grad_(True)
+    x = torch.randn(3, 32)
+    model = quantize(nn.Sequential(layer), allow_partial=True, verbose=False)
+    grads = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        leaf = x.clone().requires_grad_()
+        run(leaf).square().sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
 
 
 def test_train_and_eval_and_gradients():

@@ -111,6 +111,17 @@ def test_the_model_stays_as_it_was(model):
     assert model.generate("Once upon a time", 20) == text
 
 
+def test_transformers_has_nothing_to_warn_of(model, caplog):
+    """An end of text that no token is, and that is none of its mistakes."""
+    logger = transformers.utils.logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        profile = gpu_poor.profile(model, n_tokens=5, runs=1, verbose=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert profile.new_tokens == 5 and not caplog.records
+
+
 def test_nothing_is_left_behind_by_an_error(model, monkeypatch):
     update, seen = transformers.Cache.update, []
 
@@ -144,7 +155,11 @@ def test_files(model, tmp_path):
     [
         ({"n_tokens": 1}, ValueError, "n_tokens >= 2"),
         ({"runs": 0}, ValueError, "runs >= 1"),
+        ({"n_tokens": 3.5}, ValueError, "integers n_tokens"),
         ({"prompt": []}, ValueError, "prompt is empty"),
+        ({"prompt": [[1, 2], [3, 4]]}, ValueError, "one row of token ids"),
+        ({"prompt": [1.5]}, ValueError, "one row of token ids"),
+        ({"prompt": [3, 512]}, ValueError, "vocabulary of 512"),
         ({"n_tokens": 500}, ValueError, "context of 512"),
     ],
 )

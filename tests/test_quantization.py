@@ -158,12 +158,17 @@ def test_beams(model):
     ("prompt", "options", "error", "message"),
     [
         ("", {}, ValueError, "prompt is empty"),
+        (PROMPT, {"max_new_tokens": 2.5}, ValueError, "an integer >= 1, got 2.5"),
+        (PROMPT, {"max_new_tokens": "5"}, ValueError, "an integer >= 1, got '5'"),
+        (PROMPT, {"stop": 3}, ValueError, "stop must be a string"),
+        (PROMPT, {"max_length": 9}, ValueError, "it is max_new_tokens here"),
+        (PROMPT, {"inputs_embeds": None}, ValueError, "inputs_embeds is not taken"),
         ([], {}, ValueError, "no prompt"),
         ([PROMPT, ""], {}, ValueError, "prompt is empty"),
         (7, {}, TypeError, "got int"),
         ([1, 2], {}, TypeError, "got list"),
         ("word " * 600, {}, ValueError, r"\d+ tokens and the model's context 512"),
-        (PROMPT, {"max_new_tokens": 0}, ValueError, "must be >= 1"),
+        (PROMPT, {"max_new_tokens": 0}, ValueError, "an integer >= 1, got 0"),
         (PROMPT, {"max_new_tokens": 510}, ValueError, "does not fit"),
         (PROMPT, {"stop": ["x", ""]}, ValueError, "none of them empty"),
         (PROMPT, {"num_return_sequences": 2}, ValueError, "several times"),
@@ -177,6 +182,26 @@ def test_mistakes(model, prompt, options, error, message):
     if not isinstance(prompt, list):
         with pytest.raises(error, match=message):
             model.stream(prompt, **options)  # at once, not at the first piece
+
+
+def test_a_generation_config_is_obeyed(model):
+    """Given with the call, it comes before the model's own."""
+
+    def config(**settings):
+        return {"generation_config": transformers.GenerationConfig(**settings)}
+
+    assert model.generate(PROMPT, **config(max_new_tokens=5)) == model.generate(PROMPT, 5)
+    assert "".join(model.stream(PROMPT, **config(max_new_tokens=5))) == model.generate(PROMPT, 5)
+    for call in (
+        lambda **o: model.generate(PROMPT, stop=".", **o),
+        lambda **o: model.stream(PROMPT, **o),
+    ):
+        with pytest.raises(ValueError, match="num_beams=3"):
+            call(**config(num_beams=3))
+    ids = model.tokenizer(model.generate(PROMPT, 8), add_special_tokens=False)["input_ids"]
+    short = model.generate(PROMPT, 8, **config(eos_token_id=ids[-1]))
+    assert model.generate(PROMPT, 8).startswith(short)
+    assert short == model.generate(PROMPT, 8, eos_token_id=torch.tensor([ids[-1]]))
 
 
 def test_the_default_length_fits_the_context(model):

@@ -47,6 +47,21 @@ def left_padding(mask: Tensor | None) -> Tensor | None:
     return starts.int()
 
 
+def _last_is_newest(
+    kv_length: int,
+    kv_offset: int = 0,
+    q_length: int = 0,
+    q_offset: int | Tensor = 0,
+    cache_position: Tensor | None = None,  # in place of both before transformers 5.6
+    **_,
+) -> bool:
+    """Whether the last key is the last query's: a static cache has empty slots behind it."""
+    if isinstance(q_offset, Tensor):  # what only static caches have
+        return False
+    end = q_offset + q_length if cache_position is None else int(cache_position[-1]) + 1
+    return kv_offset + kv_length == end
+
+
 def _mask(*args, attention_mask=None, **options) -> Tensor | None:
     """None where the tokens' order, and the window of a layer, say it all; else SDPA's mask.
 
@@ -60,6 +75,9 @@ def _mask(*args, attention_mask=None, **options) -> Tensor | None:
         else local == getattr(options.get("config"), "sliding_window", None)
     )
     if not causal:
+        return sdpa_mask(*args, attention_mask=attention_mask, **options)
+    if not _last_is_newest(**options):
+        options["allow_is_causal_skip"] = False
         return sdpa_mask(*args, attention_mask=attention_mask, **options)
     if attention_mask is None or bool(attention_mask.all()):
         return None

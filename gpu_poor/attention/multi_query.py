@@ -116,6 +116,8 @@ def _kv_heads(config: PreTrainedConfig, name: str, wanted: int) -> int:
             raise ValueError(f"a GPTBigCode cannot have this GPT-2's {stray[0]}")
     if not isinstance(heads, int) or isinstance(heads, bool):
         raise ValueError(f"{name} has no num_key_value_heads: its code cannot have fewer heads")
+    if heads == 1:
+        raise ValueError(f"{name} has one key/value head: it cannot have fewer")
     if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted < heads:
         raise ValueError(f"kv_heads must be from 1 to {heads - 1} for {name}, got {wanted!r}")
     if heads % wanted:

@@ -27,6 +27,10 @@ _HOOKS = (
 )
 
 
+#: Packages whose forwards do what their classes' names say.
+_HOMES = ("transformers", "torch", "gpu_poor")
+
+
 class NotFused(Exception):
     """Why a block runs as it was written."""
 
@@ -103,6 +107,9 @@ class Watch:
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
+        home = original(type(module)).forward.__module__ or ""
+        if home.partition(".")[0] not in _HOMES:
+            raise NotFused(f"{path} is {type(module).__name__}, with a forward of {home}")
         patch = self.read(module.__dict__, "forward")
         if patch is not None and getattr(patch, "__func__", None) is not type(module).forward:
             raise NotFused(f"{path} has a forward of its own")
@@ -221,7 +228,7 @@ def _bind(block: nn.Module, entry: Architecture, watch: Watch) -> Binding:
     parallel = entry.parallel
     if isinstance(parallel, str):
         parallel = watch.read(block.__dict__, parallel)
-    binding.softmax_scale = _scaling(attention, head_dim)
+    binding.softmax_scale = _scaling(attention, head_dim, watch)
     binding.window = window or 0
     settings = {
         Column.HEADS: heads,
@@ -245,10 +252,10 @@ def _bind(block: nn.Module, entry: Architecture, watch: Watch) -> Binding:
     return binding
 
 
-def _scaling(attention: nn.Module, head_dim: int) -> float:
+def _scaling(attention: nn.Module, head_dim: int, watch: Watch) -> float:
     """What scores are multiplied by; transformers before 5.10 does not say so for GPT-2."""
-    if hasattr(attention, "scaling"):
-        return attention.scaling
+    if (scaling := watch.read(vars(attention), "scaling")) is not None:
+        return scaling
     if not attention.scale_attn_weights or attention.scale_attn_by_inverse_layer_idx:
         raise NotFused("its scores are scaled in an unusual way")
     return head_dim**-0.5
@@ -256,14 +263,16 @@ def _scaling(attention: nn.Module, head_dim: int) -> float:
 
 def _norm(norm: nn.Module, binding: Binding) -> tuple[tuple[int, int], float]:
     """Kind, whether there is a bias, epsilon; its tensors go into the binding."""
-    name = type(norm).__name__
-    if type(norm) is nn.LayerNorm and norm.weight is not None:
-        kind, eps = NormKind.LAYER, norm.eps
+    name, watch = type(norm).__name__, binding.watch
+    if type(norm) is nn.LayerNorm:
+        kind, eps = NormKind.LAYER, watch.read(vars(norm), "eps")
     elif name in RMS_NORMS and type(norm).__module__.startswith("transformers.models."):
-        kind, eps = NormKind.RMS, norm.variance_epsilon
+        kind, eps = NormKind.RMS, watch.read(vars(norm), "variance_epsilon")
     else:
         raise NotFused(f"unknown norm {name}")
-    weight, bias = (binding.watch.parameter(norm, part) for part in ("weight", "bias"))
+    weight, bias = (watch.parameter(norm, part) for part in ("weight", "bias"))
+    if weight is None:
+        raise NotFused(f"a {name} without a weight of its own")
     binding.tensors += [weight] if bias is None else [weight, bias]
     return (kind, int(bias is not None)), eps
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from gpu_poor import ops
 from gpu_poor.fusion.architectures import ARCHITECTURES
@@ -45,6 +46,10 @@ def refusal(binding: Binding, x: Tensor) -> str | None:
         return "gradients are wanted: call it under torch.no_grad()"
     if torch.is_autocast_enabled("cpu"):
         return "autocast"
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func, or forward-mode derivatives"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
     if binding.watch.hooked is not None:
         return "a module inside has a hook"
     if any(binding.watch.hooks) and (wanted := captured() - {"hidden_states"}):
@@ -67,6 +72,8 @@ def forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs):
     call = dict(zip(type(self)._gp_arguments, args, strict=False)) | kwargs
     binding = binding_of(self)
     reason = refusal(binding, hidden_states)
+    if reason is None and _has_gradient(call.get(type(self)._gp_entry.cache), binding):
+        reason = "gradients are wanted of what the cache holds"
     if reason is None and call.get("encoder_hidden_states") is not None:
         reason = "cross attention"
     if reason is None and call.get("output_attentions"):
@@ -76,6 +83,16 @@ def forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs):
         return base(self, hidden_states, *args, **kwargs)
     y = _run(self, binding, hidden_states, call)
     return (y,) if type(self)._gp_returns_tuple else y
+
+
+def _has_gradient(cache, binding: Binding) -> bool:
+    """Whether the keys or values that a cache holds want gradients, as of a trained prefix."""
+    if cache is None or not torch.is_grad_enabled():
+        return False
+    cache = getattr(cache, "self_attention_cache", cache)
+    (layer,) = getattr(cache, "layers", ())[binding.attention.layer_idx :][:1] or (None,)
+    held = (getattr(layer, name, None) for name in ("keys", "values"))
+    return any(tensor is not None and tensor.requires_grad for tensor in held)
 
 
 def _run(block: nn.Module, binding: Binding, x: Tensor, call: dict) -> Tensor:
@@ -112,12 +129,26 @@ def attention_function(attention: nn.Module):
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from gpu_poor.attention import NAME
-
     name = attention.config._attn_implementation
-    name = NAME if name == "sdpa" else name
+    if name == "sdpa":
+        return _in_place_of_sdpa
     own = sys.modules[type(attention).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get(name, own)
+
+
+def _in_place_of_sdpa(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask, **options):
+    """Ours, told of the slots that SDPA's upper left causality leaves out without a mask.
+
+    They are those of a static cache that are still empty when the first tokens come.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from gpu_poor.attention import NAME
+
+    tokens = q.shape[2]
+    if mask is None and tokens > 1:
+        k, v = k[:, :, :tokens], v[:, :, :tokens]
+    return ALL_ATTENTION_FUNCTIONS[NAME](attention, q, k, v, mask, **options)
 
 
 def parameters_after(method, skip: int) -> tuple[str, ...]:

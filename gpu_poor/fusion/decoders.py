@@ -60,7 +60,9 @@ def bind_decoder(model: nn.Module) -> Binding:
 
 def _bind(model: nn.Module, entry: Architecture, watch: Watch) -> Binding:
     blocks = watch.read(model._modules, entry.decoder.blocks)
-    if len(blocks) != model.config.num_hidden_layers:
+    config = model.config
+    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if len(blocks) != watch.read(vars(config), key):  # an early exit has it changed for a while
         raise NotFused(f"it has {len(blocks)} blocks, its config says otherwise")
     joined = Binding(watch)
     rows = []

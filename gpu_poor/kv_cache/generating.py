@@ -157,7 +157,8 @@ def _exact_pool(
     heads, head_dim = memory.kv_shape(config)
     token = len(memory.layer_windows(config)) * 2 * heads * head_dim * model.dtype.itemsize
     page = PAGE_SIZE * token
-    if rows * pages_needed(config, PAGE_SIZE, tokens, prompt, chunk) * page > room:
+    needed = rows * pages_needed(config, PAGE_SIZE, tokens, prompt, chunk) * page
+    if not 0 < needed <= room:
         return None
     longest = max(tokens, getattr(config, "max_position_embeddings", None) or 0)
     wanted = rows * math.ceil(longest / PAGE_SIZE) * page

@@ -127,12 +127,13 @@ def register_linear(op: str, dequantize, has_scale: bool = True) -> None:
 
     def backward(ctx, grad):
         grad_x = grad_bias = None
+        saved = ctx.saved_tensors  # once: a checkpoint gives them a single time
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ dequantize(*ctx.saved_tensors, ctx.rest, ctx.k, grad.dtype)
+            grad_x = grad @ dequantize(*saved, ctx.rest, ctx.k, grad.dtype)
         if ctx.bias_dtype is not None:
             rows = grad.reshape(-1, grad.shape[-1])
             grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        frozen = (None for _ in ctx.saved_tensors)
+        frozen = (None for _ in saved)
         return grad_x, *frozen, grad_bias, *(None for _ in ctx.rest)
 
     torch.library.register_autograd(f"gpu_poor::{op}", backward, setup_context=setup)
