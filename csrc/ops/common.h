@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * What every operator gpu_poor::* needs to check its arguments once, allocate, and split its work over
- * torch's own threads, over libtorch's stable C++ ABI. Nothing throws inside a parallel region. The
- * only C++ here: torch's headers are not valid C.
+ * torch's own threads, over libtorch's stable C++ ABI. The only C++ here: torch's headers are not valid C.
  */
 #ifndef GPU_POOR_OPS_COMMON_H
 #define GPU_POOR_OPS_COMMON_H

@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <exception>
+#include <utility>
 
 #include "ops/stall.h"
 
@@ -49,18 +50,21 @@ class Team {
         if (error) std::rethrow_exception(error);
     }
 
-    /* f(begin, end) for parts of [0, n) of at least `least`, on whoever there is. f must not throw. Loops
-     * inside of f are the thread's own. */
+    /* f(begin, end) for parts of [0, n) of at least `least`, on whoever there is. What one of them throws is
+     * thrown when all are done. Loops inside of f are the thread's own. */
     template <class F>
     static void loop(int64_t n, int64_t least, const F &f)
     {
         Team *team = current_;
         if (!team || n <= least || Stalls::alone()) return f(0, n);
-        current_ = nullptr;
+        const struct Sharing {
+            explicit Sharing(Team *team) : team_(team) { current_ = nullptr; }
+            ~Sharing() { current_ = team_; }
+            Team *team_;
+        } sharing(team);
         team->share(n, least, [](const void *loop, int64_t begin, int64_t end) {
             (*static_cast<const F *>(loop))(begin, end);
         }, &f);
-        current_ = team;
     }
 
   private:
@@ -79,6 +83,7 @@ class Team {
         while (chunk()) {}
         region.share_done();
         for (int64_t i = 0; done_.load(std::memory_order_acquire) < n; i++) pause(i);
+        if (failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
     }
 
     void help()
@@ -98,7 +103,11 @@ class Team {
             const int64_t size = std::min<int64_t>(left, chunk_);
             if (!left_.compare_exchange_weak(left, left - size, std::memory_order_acq_rel)) continue;
             const int64_t begin = n_ - left;
-            call_.load()(loop_, begin, begin + size);
+            try {
+                call_.load()(loop_, begin, begin + size);
+            } catch (...) {
+                if (!failed_.exchange(true)) error_ = std::current_exception();
+            }
             done_.fetch_add(size, std::memory_order_release);
             return true;
         }
@@ -122,6 +131,8 @@ class Team {
     std::atomic<Call> call_{nullptr};
     std::atomic<const void *> loop_{nullptr};
     std::atomic<int64_t> n_{0}, chunk_{1};
+    std::atomic<bool> failed_{false};
+    std::exception_ptr error_; /* of the first that failed */
     alignas(64) std::atomic<int64_t> left_{0}; /* not taken yet: [n - left, n) */
     alignas(64) std::atomic<int64_t> done_{0};
     alignas(64) std::atomic<bool> closed_{false};
