@@ -19,15 +19,12 @@ INLINE v16 v16_sub(v16 a, v16 b) { return _mm512_sub_ps(a, b); }
 INLINE v16 v16_mul(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
 INLINE v16 v16_xor(v16 a, v16 b) { return _mm512_xor_ps(a, b); }
 INLINE v16 v16_max(v16 a, v16 b) { return _mm512_max_ps(a, b); } /* b if one is a NaN */
+INLINE float v16_highest(v16 v) { return _mm512_reduce_max_ps(v); }
 INLINE v16 v16_fma(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
 
 /* Elements [i, i + 16) of a row, zero beyond `left` of them. */
 INLINE v16 v16_row(const void *x, gp_dtype type, int64_t i, int64_t left)
 {
-    if (type == GP_I8 && left >= 16) {
-        const __m128i b = _mm_loadu_si128((const __m128i *)((const int8_t *)x + i));
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b));
-    }
     return load16(x, type, i, tail_mask(left));
 }
 
@@ -68,27 +65,119 @@ INLINE __m128 fold4(__m512 v) /* lanes l + 8, then l + 4 */
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+/* Of floats, or of `whole` int32. */
+INLINE __m512 add(__m512 a, __m512 b, int whole)
+{
+    if (!whole) return _mm512_add_ps(a, b);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+
 /* Lanes l + 8 to l of two, then l + 4 to l of two such. */
 INLINE __m512 fold_pair8(__m512 a, __m512 b)
 {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
 }
-INLINE __m512 fold_pair4(__m512 a, __m512 b)
+INLINE __m512 fold_pair4(__m512 a, __m512 b, int whole)
 {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd), whole);
 }
 
-/* Sixteen folds at once. After two steps register i has four lanes left of sums i, i + 4, i + 8 and i + 12,
- * so that after two more they lie in order. */
+/* The last four lanes: of 16 sums, of which register i has i, i + 4, i + 8 and i + 12, in their order. */
+INLINE __m512 fold_quads(const __m512 x[4], int whole)
+{
+    const __m512 u = add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]), whole);
+    const __m512 v = add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]), whole);
+    return add(_mm512_shuffle_ps(u, v, 0x44), _mm512_shuffle_ps(u, v, 0xee), whole);
+}
+
+/* Sixteen folds at once. */
 INLINE void v16_fold_tile(const v16 sum[TILE], float *out)
 {
     __m512 x[4];
     for (int i = 0; i < 4; i++)
-        x[i] = fold_pair4(fold_pair8(sum[i], sum[i + 4]), fold_pair8(sum[i + 8], sum[i + 12]));
-    __m512 u = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-    __m512 v = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_ps(u, v, 0x44), _mm512_shuffle_ps(u, v, 0xee)));
+        x[i] = fold_pair4(fold_pair8(sum[i], sum[i + 4]), fold_pair8(sum[i + 8], sum[i + 12]), 0);
+    _mm512_storeu_ps(out, fold_quads(x, 0));
 }
+
+/* -- int8: attention_bytes.h ------------------------------------------------------------------- */
+
+#define WORDS 32
+#define PER_WORDS 2 /* keys: i and i + 4 of each eight */
+#define KEYS(R) ((R) == 1 ? 16 : 8)
+#define KEY(i) ((i) / 4 * 8 + (i) % 4)
+#define WORD_STRIP 2 /* x 4 heads x 2 halves: 16 sums */
+
+typedef __m512i words;
+
+INLINE words words_zero(void) { return _mm512_setzero_si512(); }
+INLINE words words_load(const void *x) { return _mm512_loadu_si512(x); }
+INLINE void words_store(void *y, words v) { _mm512_storeu_si512(y, v); }
+INLINE words words_set1(int32_t pair) { return _mm512_set1_epi32(pair); }
+INLINE words words_low(words a, words b) { return _mm512_unpacklo_epi16(a, b); }
+INLINE words words_high(words a, words b) { return _mm512_unpackhi_epi16(a, b); }
+/* As int8_avx512_vnni.c: gcc 12 spills the accumulators of the intrinsic. */
+INLINE words words_dot(words a, words b, words sum)
+{
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+/* Bytes of a row, zero beyond `left` of them. */
+INLINE words words_row(const int8_t *x, int64_t left)
+{
+    const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, x));
+}
+
+INLINE words words_query(const int16_t *q) { return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)q)); }
+
+INLINE words words_keys(const int8_t *k, int64_t stride, int64_t left)
+{
+    const __mmask16 mask = tail_mask(left);
+    const __m128i x = _mm_maskz_loadu_epi8(mask, k), y = _mm_maskz_loadu_epi8(mask, k + stride);
+    return _mm512_cvtepi8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1));
+}
+
+/* Of a key that is in both halves. */
+INLINE int32_t words_fold(words v)
+{
+    const __m256i x = _mm512_castsi512_si256(v);
+    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    y = _mm_hadd_epi32(y, y);
+    return _mm_cvtsi128_si32(_mm_hadd_epi32(y, y));
+}
+
+/* The sums of 16 keys, in their order. */
+INLINE void words_fold8(const words sum[8], float *out)
+{
+    __m512 x[4];
+    for (int i = 0; i < 4; i++)
+        x[i] = fold_pair4(_mm512_castsi512_ps(sum[i]), _mm512_castsi512_ps(sum[i + 4]), 1);
+    _mm512_storeu_ps(out, _mm512_cvtepi32_ps(_mm512_castps_si512(fold_quads(x, 1))));
+}
+
+/* out = sums * scale, in their order: low has the first four of each eight, high the others. */
+INLINE void words_store_floats(words low, words high, float scale, float *out)
+{
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512 by = _mm512_set1_ps(scale);
+    _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_permutex2var_epi64(low, first, high)), by));
+    _mm512_storeu_ps(out + 16, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_permutex2var_epi64(low, second, high)), by));
+}
+
+INLINE void v16_store_words(int16_t *q, v16 v)
+{
+    _mm256_storeu_si256((__m256i *)q, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+}
+
+/* Largest magnitude so far, as bits. */
+INLINE v16 v16_absmax(v16 top, v16 x)
+{
+    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(top), bits));
+}
+
+INLINE uint32_t v16_bits(v16 top) { return _mm512_reduce_max_epu32(_mm512_castps_si512(top)); }
 
 #include "attention_template.h"
 
