@@ -96,9 +96,7 @@ INLINE void v16_fold_tile(const v16 sum[TILE], float *out)
 /* -- int8: attention_bytes.h ------------------------------------------------------------------- */
 
 #define WORDS 16
-#define PER_WORDS 1
-#define KEYS(R) (8 / (R))
-#define KEY(i) (i)
+#define WORD_TILE 8
 #define WORD_STRIP 1 /* x 4 heads x 2 halves: 8 sums */
 
 typedef __m256i words;
@@ -127,24 +125,17 @@ INLINE int32_t words_fold(words v)
     return _mm_cvtsi128_si32(_mm_hadd_epi32(x, x));
 }
 
-INLINE words words_query(const int16_t *q) { return words_load(q); }
-INLINE words words_keys(const int8_t *k, int64_t stride, int64_t left)
+/* In each half, the sums of four registers' four lanes. */
+INLINE words fold_quads(const words *x)
 {
-    (void)stride;
-    return words_row(k, left);
+    return _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
 }
 
-/* Eight folds at once; those of four end up in each half of a register, the upper ones apart. */
-INLINE void words_fold8(const words sum[8], float *out)
+INLINE void words_fold_tile(const words sum[WORD_TILE], float *out)
 {
-    __m256i x[2];
-    for (int i = 0; i < 2; i++) {
-        const words *s = sum + 4 * i;
-        x[i] = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
-    }
-    const __m256i folded = _mm256_add_epi32(_mm256_permute2x128_si256(x[0], x[1], 0x20),
-                                            _mm256_permute2x128_si256(x[0], x[1], 0x31));
-    _mm256_storeu_ps(out, _mm256_cvtepi32_ps(folded));
+    const words x = fold_quads(sum), y = fold_quads(sum + 4);
+    const words z = _mm256_add_epi32(_mm256_permute2x128_si256(x, y, 0x20), _mm256_permute2x128_si256(x, y, 0x31));
+    _mm256_storeu_ps(out, _mm256_cvtepi32_ps(z));
 }
 
 /* out = sums * scale, in their order: low has the first four of each eight, high the others. */

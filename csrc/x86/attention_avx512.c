@@ -65,46 +65,32 @@ INLINE __m128 fold4(__m512 v) /* lanes l + 8, then l + 4 */
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/* Of floats, or of `whole` int32. */
-INLINE __m512 add(__m512 a, __m512 b, int whole)
-{
-    if (!whole) return _mm512_add_ps(a, b);
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
-}
-
 /* Lanes l + 8 to l of two, then l + 4 to l of two such. */
 INLINE __m512 fold_pair8(__m512 a, __m512 b)
 {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
 }
-INLINE __m512 fold_pair4(__m512 a, __m512 b, int whole)
+INLINE __m512 fold_pair4(__m512 a, __m512 b)
 {
-    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd), whole);
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 
-/* The last four lanes: of 16 sums, of which register i has i, i + 4, i + 8 and i + 12, in their order. */
-INLINE __m512 fold_quads(const __m512 x[4], int whole)
-{
-    const __m512 u = add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]), whole);
-    const __m512 v = add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]), whole);
-    return add(_mm512_shuffle_ps(u, v, 0x44), _mm512_shuffle_ps(u, v, 0xee), whole);
-}
-
-/* Sixteen folds at once. */
+/* Sixteen folds at once. After two steps register i has four lanes left of sums i, i + 4, i + 8 and i + 12,
+ * so that after two more they lie in order. */
 INLINE void v16_fold_tile(const v16 sum[TILE], float *out)
 {
     __m512 x[4];
     for (int i = 0; i < 4; i++)
-        x[i] = fold_pair4(fold_pair8(sum[i], sum[i + 4]), fold_pair8(sum[i + 8], sum[i + 12]), 0);
-    _mm512_storeu_ps(out, fold_quads(x, 0));
+        x[i] = fold_pair4(fold_pair8(sum[i], sum[i + 4]), fold_pair8(sum[i + 8], sum[i + 12]));
+    __m512 u = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    __m512 v = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_ps(u, v, 0x44), _mm512_shuffle_ps(u, v, 0xee)));
 }
 
 /* -- int8: attention_bytes.h ------------------------------------------------------------------- */
 
 #define WORDS 32
-#define PER_WORDS 2 /* keys: i and i + 4 of each eight */
-#define KEYS(R) ((R) == 1 ? 16 : 8)
-#define KEY(i) ((i) / 4 * 8 + (i) % 4)
+#define WORD_TILE 16
 #define WORD_STRIP 2 /* x 4 heads x 2 halves: 16 sums */
 
 typedef __m512i words;
@@ -129,31 +115,26 @@ INLINE words words_row(const int8_t *x, int64_t left)
     return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, x));
 }
 
-INLINE words words_query(const int16_t *q) { return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)q)); }
+INLINE int32_t words_fold(words v) { return _mm512_reduce_add_epi32(v); }
 
-INLINE words words_keys(const int8_t *k, int64_t stride, int64_t left)
+/* In each 128 bits, the sums of four registers' four lanes. */
+INLINE words fold_quads(const words *x)
 {
-    const __mmask16 mask = tail_mask(left);
-    const __m128i x = _mm_maskz_loadu_epi8(mask, k), y = _mm_maskz_loadu_epi8(mask, k + stride);
-    return _mm512_cvtepi8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1));
+    const words u = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+    const words v = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(u, v), _mm512_unpackhi_epi64(u, v));
+}
+/* Neighbours among the 128 bits of two registers. */
+INLINE words fold_halves(words x, words y)
+{
+    return _mm512_add_epi32(_mm512_shuffle_i64x2(x, y, 0x88), _mm512_shuffle_i64x2(x, y, 0xdd));
 }
 
-/* Of a key that is in both halves. */
-INLINE int32_t words_fold(words v)
+INLINE void words_fold_tile(const words sum[WORD_TILE], float *out)
 {
-    const __m256i x = _mm512_castsi512_si256(v);
-    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    y = _mm_hadd_epi32(y, y);
-    return _mm_cvtsi128_si32(_mm_hadd_epi32(y, y));
-}
-
-/* The sums of 16 keys, in their order. */
-INLINE void words_fold8(const words sum[8], float *out)
-{
-    __m512 x[4];
-    for (int i = 0; i < 4; i++)
-        x[i] = fold_pair4(_mm512_castsi512_ps(sum[i]), _mm512_castsi512_ps(sum[i + 4]), 1);
-    _mm512_storeu_ps(out, _mm512_cvtepi32_ps(_mm512_castps_si512(fold_quads(x, 1))));
+    const words x = fold_halves(fold_quads(sum), fold_quads(sum + 4));
+    const words y = fold_halves(fold_quads(sum + 8), fold_quads(sum + 12));
+    _mm512_storeu_ps(out, _mm512_cvtepi32_ps(fold_halves(x, y)));
 }
 
 /* out = sums * scale, in their order: low has the first four of each eight, high the others. */

@@ -28,6 +28,7 @@ INLINE float quantize_query(const float *q, float scale, int64_t D, int16_t *wor
         v16_store(x + d, v);
         top = v16_absmax(top, v);
     }
+    for (; d % WORDS; d += 16) v16_store(x + d, v16_zero());
     return quantize_words(x, d, top, words_of_q);
 }
 
@@ -55,29 +56,27 @@ INLINE float weigh(float *s, int64_t n, float q_scale, const float *k_scale, con
     return quantize_words(s, n_pad, top, w);
 }
 
-/* (float)dot of R rows with TOKENS keys: KEYS(R), or 1. */
+/* (float)dot of R rows with TOKENS keys; q has rows of D_pad. */
 INLINE void score_bytes_tile(const int8_t *k, const char *next, int64_t D, int full, const int16_t *q, int R,
                              int TOKENS, float *s)
 {
-    const int64_t D_pad = gp_ceil_div(D, 16) * 16;
-    const int N = gp_ceil_div(TOKENS, PER_WORDS);
-    words sum[ROWS * 8];
+    const int64_t D_pad = gp_ceil_div(D, WORDS) * WORDS;
+    words sum[WORD_TILE];
     fetch(next, TOKENS * D);
-    for (int i = 0; i < R * N; i++) sum[i] = words_zero();
-    for (int64_t d = 0; d < D; d += 16) {
+    for (int i = 0; i < R * TOKENS; i++) sum[i] = words_zero();
+    for (int64_t d = 0; d < D; d += WORDS) {
         words x[ROWS];
-        for (int r = 0; r < R; r++) x[r] = words_query(q + r * D_pad + d);
-        for (int i = 0; i < N; i++) {
-            const words y = words_keys(k + KEY(i) * D + d, TOKENS > 1 ? 4 * D : 0, full ? 16 : D - d);
-            for (int r = 0; r < R; r++) sum[r * N + i] = words_dot(x[r], y, sum[r * N + i]);
+        for (int r = 0; r < R; r++) x[r] = words_load(q + r * D_pad + d);
+        for (int t = 0; t < TOKENS; t++) {
+            const words y = words_row(k + t * D + d, full ? WORDS : D - d);
+            for (int r = 0; r < R; r++) sum[r * TOKENS + t] = words_dot(x[r], y, sum[r * TOKENS + t]);
         }
     }
-    if (TOKENS == 1) {
-        for (int r = 0; r < R; r++) s[r * GP_CHUNK] = (float)words_fold(sum[r]);
-        return;
-    }
-    float folded[ROWS * 16];
-    for (int i = 0; i < R * N; i += 8) words_fold8(sum + i, folded + i * PER_WORDS);
+    float folded[WORD_TILE];
+    if (R * TOKENS == WORD_TILE)
+        words_fold_tile(sum, folded);
+    else
+        for (int i = 0; i < R * TOKENS; i++) folded[i] = (float)words_fold(sum[i]);
     for (int r = 0; r < R; r++) memcpy(s + r * GP_CHUNK, folded + r * TOKENS, (size_t)TOKENS * sizeof(float));
 }
 
@@ -85,8 +84,8 @@ INLINE void score_bytes_run(run keys, int64_t D, int full, const int16_t *q, int
 {
     const int8_t *k = (const int8_t *)keys.data;
     int64_t t = 0;
-    for (; t + KEYS(R) <= keys.n; t += KEYS(R))
-        score_bytes_tile(k + t * D, keys.next + t * D, D, full, q, R, KEYS(R), s + keys.t + t);
+    for (; t + WORD_TILE / R <= keys.n; t += WORD_TILE / R)
+        score_bytes_tile(k + t * D, keys.next + t * D, D, full, q, R, WORD_TILE / R, s + keys.t + t);
     for (; t < keys.n; t++) score_bytes_tile(k + t * D, keys.next + t * D, D, full, q, R, 1, s + keys.t + t);
 }
 
@@ -141,7 +140,7 @@ INLINE void bytes_run(run values, int64_t D, const int16_t *w, int R, int32_t (*
 INLINE void attend_byte_rows(const gp_attend *a, int64_t first, int R, const float *k_scale,
                              const float *v_scale)
 {
-    const int64_t D = a->pages->D, D_pad = gp_ceil_div(D, 16) * 16, n = a->end - a->begin;
+    const int64_t D = a->pages->D, D_pad = gp_ceil_div(D, WORDS) * WORDS, n = a->end - a->begin;
     float s[ROWS * GP_CHUNK], q_scale[ROWS], w_scale[ROWS], out[GP_HEAD_DIM_MAX];
     int16_t q[ROWS * GP_HEAD_DIM_MAX], w[ROWS * GP_CHUNK];
     int32_t total[ROWS][GP_HEAD_DIM_MAX];
@@ -151,7 +150,7 @@ INLINE void attend_byte_rows(const gp_attend *a, int64_t first, int R, const flo
     }
     for (int64_t t = 0; t < n;) {
         const run keys = run_at(a, 0, t);
-        if (D % 16)
+        if (D % WORDS)
             score_bytes_run(keys, D, 0, q, R, s);
         else
             score_bytes_run(keys, D, 1, q, R, s);
