@@ -140,10 +140,12 @@ INLINE void words_fold_tile(const words sum[WORD_TILE], float *out)
 /* out = sums * scale, in their order: low has the first four of each eight, high the others. */
 INLINE void words_store_floats(words low, words high, float scale, float *out)
 {
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    const __m512 by = _mm512_set1_ps(scale);
-    _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_permutex2var_epi64(low, first, high)), by));
-    _mm512_storeu_ps(out + 16, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_permutex2var_epi64(low, second, high)), by));
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const words x[2] = {_mm512_permutex2var_epi64(low, first, high),
+                        _mm512_permutex2var_epi64(low, second, high)};
+    for (int i = 0; i < 2; i++)
+        _mm512_storeu_ps(out + 16 * i, _mm512_mul_ps(_mm512_cvtepi32_ps(x[i]), _mm512_set1_ps(scale)));
 }
 
 INLINE void v16_store_words(int16_t *q, v16 v)

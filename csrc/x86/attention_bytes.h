@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT
  *
- * The int8 half of attention_template.h: sums of 16 bits times 8. A register `words` holds WORDS integers of 16
- * bits, or half as many sums of 32: words_dot adds the products of two neighbours to each, neighbours in a
- * row for the scores, the same place of two tokens for the values. Defined as well: WORD_TILE, sums that are
- * folded at once, and WORD_STRIP, registers of a value row whose sums are kept.
+ * The int8 half of attention_template.h, sums of 16 bits times 8. A register `words` holds WORDS integers of 16
+ * bits, or half as many sums: words_dot adds the products of two neighbours to each, which are neighbours in a
+ * row for the scores, the same element of two tokens for the values. Scores come in tiles of WORD_TILE sums
+ * as there; of values the sums of WORD_STRIP registers of bytes stay in registers.
  */
 
 /* q = rint(x * inverse) of n floats, a multiple of 16, of the largest magnitudes in `top`; returns the scale. */

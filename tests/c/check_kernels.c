@@ -525,6 +525,7 @@ static void check_attention(const gp_impl *impl, gp_dtype type, int64_t rows, in
         float *want = malloc((size_t)(rows * size) * 4);
         fill_floats(data, type, n_pages * page * D);
         fill_halves(scales, n_pages * page);
+        for (int64_t i = 0; i < n_pages * page; i++) scales[i] &= 0x3fff; /* none is negative */
         fill_floats(q, GP_F32, rows * D);
         if (special == 1) q[0] = NAN, q[rows * D - 1] = INFINITY;
         if (special == 2) memset(q, 0, (size_t)D * 4), q[rows * D - 1] = 1e-35f;

@@ -73,13 +73,13 @@ def oracle(q, k, v, scale, starts=None, window=0):
 
 
 def words_bound(size, length, v_max):
-    """What the integers of 16 bits in place of q and of the weights add to the error, for int8 pages.
+    """What 16 bits of q and of the weights add to the error, on int8 pages.
 
-    An element of q is off by half a step, 2^-16 of the largest, so a score by 2^-16 ``size``, and the
-    softmax relatively by twice that; no result is further off than the values reach. A weight
-    p v_scale is off by 2^-16 of the largest of its chunk, times 127 at most: 256 times the largest p of
-    a chunk is at most 256 times its share of the result. v_scale is 6 % above absmax / 127 at most, and
-    what is stored 1 % below absmax.
+    An element of q is off by half a step, 2^-16 of the largest, so a score by 2^-16 ``size``, and
+    the softmax relatively by twice that; no result is further off than the values reach. A weight
+    p v_scale is off by 2^-16 of the largest of its chunk, times 127 at most, of 256 tokens; and the
+    largest p of a chunk is at most the chunk's share of the result. v_scale is 6 % above
+    absmax / 127 at most, and what is stored 1 % below absmax.
     """
     scores = torch.expm1(2 * size * 2.0**-16).clamp(max=2)
     return (scores + min(length, 256) * 1.08 * 2.0**-16) * 1.01 * v_max
@@ -168,7 +168,7 @@ def test_bits_depend_on_the_sequence_only(isa, dtype):
 
 @pytest.mark.parametrize("d", [8, 64, 128])
 def test_sixteen_bits_are_far_finer_than_the_pages(isa, d):
-    """Of ordinary keys and values, the integers' error is a hundredth of what storing int8 costs."""
+    """On ordinary keys and values their error is a hundredth of what storing int8 costs."""
     k, v = torch.randn(2, 1, 1000, 2, d)
     q = torch.randn(1, 1, 8, d)
     pages, scales, table = store(k, v, 64, torch.int8)
