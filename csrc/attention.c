@@ -5,11 +5,21 @@
  * arXiv:2205.14135; the split over the sequence is flash decoding). The chunks are counted from the first
  * visible token, so neither pages nor batch, padding or threads change a bit of the result.
  *
- *     s[t] = dot(q * scale, k[t]) (* k_scale[t])       scale holds log2 e
- *     p[t] = 2^(s[t] - m),   w[t] = p[t] (* v_scale[t])
+ *     s[t] = dot(q * scale, k[t])       scale holds log2 e
+ *     p[t] = 2^(s[t] - m)
+ *     out  = sum of p[t] v[t]
  *
  * Sums whose order matters are kept in 16 lanes, element i in lane i % 16, and folded in halves: lane
  * l + 8 to l, l + 4 to l, and so on. That is the vector of AVX-512, and two of AVX2.
+ *
+ * Rows of int8 are summed as integers, whose order does not matter. For that q * scale, and the weights of
+ * a chunk, become integers of 16 bits, each row with a scale of its own; what the pages hold stays as it is:
+ *
+ *     s[t] = dot(q16, k8[t]) * q_scale * k_scale[t]
+ *     w[t] = p[t] * v_scale[t]
+ *     out  = sum of w16[t] v8[t], * w_scale
+ *
+ * Each operation rounds once, in that order, and so do the exact sums when they become floats.
  */
 #include "attention.h"
 
@@ -27,28 +37,78 @@ static float dot_row(const float *q, const void *k, gp_dtype type, int64_t at, i
     return fold(lane);
 }
 
-static void attend_row(const gp_attend *a, const float *q_in, float *out)
+/* q = rint(x * 32767 / absmax); returns the scale. */
+static float quantize(const float *x, int64_t n, int16_t *q)
+{
+    uint32_t absmax = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = gp_bits(x[i]) & 0x7fffffffu;
+        absmax = bits > absmax ? bits : absmax;
+    }
+    const gp_word_grid grid = gp_grid_of_words(absmax);
+    for (int64_t i = 0; i < n; i++) q[i] = grid.inverse > 0 ? (int16_t)rintf(x[i] * grid.inverse) : 0;
+    return grid.scale;
+}
+
+static float score_bytes(const int16_t *q, float q_scale, const gp_pages *c, gp_place k)
+{
+    const int8_t *row = (const int8_t *)c->pages + k.row;
+    int32_t sum = 0;
+    for (int64_t d = 0; d < c->D; d++) sum += q[d] * row[d];
+    return (float)sum * q_scale * gp_f16_to_float(c->scales[k.scale]);
+}
+
+static void sum_values(const gp_attend *a, const float *p, float *out)
+{
+    const gp_pages *c = a->pages;
+    for (int64_t d = 0; d < c->D; d++) out[d] = 0;
+    for (int64_t t = 0; t < a->end - a->begin; t++) {
+        const gp_place v = gp_slot(c, a->table, 1, a->kv_head, a->begin + t);
+        for (int64_t d = 0; d < c->D; d++)
+            out[d] = fmaf(p[t], gp_load(c->pages, c->type, v.row + d), out[d]);
+    }
+}
+
+static void sum_bytes(const gp_attend *a, const float *p, float *out)
+{
+    const gp_pages *c = a->pages;
+    const int64_t n = a->end - a->begin;
+    int32_t sum[GP_HEAD_DIM_MAX] = {0};
+    int16_t w16[GP_CHUNK];
+    float w[GP_CHUNK];
+    for (int64_t t = 0; t < n; t++) {
+        const gp_place v = gp_slot(c, a->table, 1, a->kv_head, a->begin + t);
+        w[t] = p[t] * gp_f16_to_float(c->scales[v.scale]);
+    }
+    const float w_scale = quantize(w, n, w16);
+    for (int64_t t = 0; t < n; t++) {
+        const gp_place v = gp_slot(c, a->table, 1, a->kv_head, a->begin + t);
+        for (int64_t d = 0; d < c->D; d++) sum[d] += w16[t] * ((const int8_t *)c->pages)[v.row + d];
+    }
+    for (int64_t d = 0; d < c->D; d++) out[d] = (float)sum[d] * w_scale;
+}
+
+static void attend_row(const gp_attend *a, const float *q_in, float *partial)
 {
     const gp_pages *c = a->pages;
     const int64_t n = a->end - a->begin, D = c->D;
+    const int bytes = c->type == GP_I8;
     float q[GP_HEAD_DIM_MAX], s[GP_CHUNK], lane[16] = {0}, m = -INFINITY;
-    for (int64_t d = 0; d < D; d++) q[d] = q_in[d] * a->scale, out[d] = 0;
+    int16_t q16[GP_HEAD_DIM_MAX];
+    for (int64_t d = 0; d < D; d++) q[d] = q_in[d] * a->scale;
+    const float q_scale = bytes ? quantize(q, D, q16) : 1;
     for (int64_t t = 0; t < n; t++) {
         const gp_place k = gp_slot(c, a->table, 0, a->kv_head, a->begin + t);
-        s[t] = dot_row(q, c->pages, c->type, k.row, D);
-        if (c->scales) s[t] *= gp_f16_to_float(c->scales[k.scale]);
+        s[t] = bytes ? score_bytes(q16, q_scale, c, k) : dot_row(q, c->pages, c->type, k.row, D);
         if (s[t] > m) m = s[t];
     }
     for (int64_t t = 0; t < n; t++) {
-        const gp_place v = gp_slot(c, a->table, 1, a->kv_head, a->begin + t);
-        float w = gp_exp2(s[t] - m);
-        lane[t % 16] += w;
-        if (c->scales) w *= gp_f16_to_float(c->scales[v.scale]);
-        for (int64_t d = 0; d < D; d++)
-            out[d] = fmaf(w, gp_load(c->pages, c->type, v.row + d), out[d]);
+        s[t] = gp_exp2(s[t] - m);
+        lane[t % 16] += s[t];
     }
-    out[D] = m;
-    out[D + 1] = fold(lane);
+    (bytes ? sum_bytes : sum_values)(a, s, partial);
+    partial[D] = m;
+    partial[D + 1] = fold(lane);
 }
 
 static void attend_chunk_ref(const gp_attend *a)

@@ -3,6 +3,7 @@
 #ifndef GPU_POOR_ATTENTION_H
 #define GPU_POOR_ATTENTION_H
 
+#include <assert.h>
 #include <math.h>
 
 #include "common.h"
@@ -37,6 +38,23 @@ GP_INLINE float gp_exp2(float x)
     for (int i = 1; i < 7; i++) p = __builtin_fmaf(p, f, c[i]);
     return p * gp_from_bits((gp_bits(shifted) << 23) + 0x3f800000u);
 }
+
+/* How int8 pages are summed: a query row, or the weights of a chunk, as integers x * inverse of 16 bits.
+ * inverse is 0, and all the integers then, of zeros (the scale is 1) and of what holds no finite number (NaN). */
+typedef struct {
+    float scale, inverse;
+} gp_word_grid;
+
+/* absmax as bits, which order like magnitudes, a NaN on top. */
+GP_INLINE gp_word_grid gp_grid_of_words(uint32_t absmax)
+{
+    const float top = gp_from_bits(absmax);
+    if (absmax >= 0x7f800000u) return (gp_word_grid){NAN, 0};
+    return top > GP_TINY ? (gp_word_grid){top / 32767, 32767 / top} : (gp_word_grid){1, 0};
+}
+
+static_assert(GP_CHUNK <= GP_HEAD_DIM_MAX && 128LL * 32767 * GP_HEAD_DIM_MAX <= INT32_MAX,
+              "sums of 16 bits times 8 are exact in int32");
 
 /* The `attend_combine` of every instruction set: sums over d in vectors, whose lanes never meet. */
 GP_INLINE void gp_attend_combine(const float *partial, int64_t n, int64_t stride, int64_t D, float *out)

@@ -182,7 +182,8 @@ typedef struct {
  *     partial[row][0 .. D - 1] = sum over t of w[t] v[t]
  *     partial[row][D]          = m = max of s[t]
  *     partial[row][D + 1]      = sum of p[t]
- * csrc/attention.c fixes the order of every sum, so all instruction sets give the same bits. */
+ * csrc/attention.c fixes the order of every sum of floats, and int8 rows are summed as integers, so all
+ * instruction sets give the same bits. */
 typedef struct {
     const gp_pages *pages;
     const int32_t *table;

@@ -24,6 +24,13 @@ EACH(v16_mul, _mm256_mul_ps)
 EACH(v16_xor, _mm256_xor_ps)
 EACH(v16_max, _mm256_max_ps) /* y if one is a NaN */
 #undef EACH
+INLINE float v16_highest(v16 v)
+{
+    const __m256 x = _mm256_max_ps(v.a, v.b);
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
 INLINE v16 v16_fma(v16 x, v16 y, v16 z)
 {
     return (v16){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
@@ -84,6 +91,81 @@ INLINE void v16_fold_tile(const v16 sum[TILE], float *out)
     const __m128 u = _mm_add_ps(_mm_unpacklo_ps(x[0], x[1]), _mm_unpackhi_ps(x[0], x[1]));
     const __m128 v = _mm_add_ps(_mm_unpacklo_ps(x[2], x[3]), _mm_unpackhi_ps(x[2], x[3]));
     _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(u, v), _mm_movehl_ps(v, u)));
+}
+
+/* -- int8: attention_bytes.h ------------------------------------------------------------------- */
+
+#define WORDS 16
+#define WORD_TILE 8
+#define WORD_STRIP 1 /* x 4 heads x 2 halves: 8 sums */
+
+typedef __m256i words;
+
+INLINE words words_zero(void) { return _mm256_setzero_si256(); }
+INLINE words words_load(const void *x) { return _mm256_loadu_si256((const __m256i *)x); }
+INLINE void words_store(void *y, words v) { _mm256_storeu_si256((__m256i *)y, v); }
+INLINE words words_set1(int32_t pair) { return _mm256_set1_epi32(pair); }
+INLINE words words_low(words a, words b) { return _mm256_unpacklo_epi16(a, b); }
+INLINE words words_high(words a, words b) { return _mm256_unpackhi_epi16(a, b); }
+INLINE words words_dot(words a, words b, words sum) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+
+/* Bytes of a row, zero beyond `left` of them. */
+INLINE words words_row(const int8_t *x, int64_t left)
+{
+    if (left >= 16) return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)x));
+    int8_t row[16] = {0};
+    memcpy(row, x, (size_t)left);
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)row));
+}
+
+INLINE int32_t words_fold(words v)
+{
+    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    x = _mm_hadd_epi32(x, x);
+    return _mm_cvtsi128_si32(_mm_hadd_epi32(x, x));
+}
+
+/* In each half, the sums of four registers' four lanes. */
+INLINE words fold_quads(const words *x)
+{
+    return _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
+}
+
+INLINE void words_fold_tile(const words sum[WORD_TILE], float *out)
+{
+    const words x = fold_quads(sum), y = fold_quads(sum + 4);
+    const words z = _mm256_add_epi32(_mm256_permute2x128_si256(x, y, 0x20), _mm256_permute2x128_si256(x, y, 0x31));
+    _mm256_storeu_ps(out, _mm256_cvtepi32_ps(z));
+}
+
+/* out = sums * scale, in their order: low has the first four of each eight, high the others. */
+INLINE void words_store_floats(words low, words high, float scale, float *out)
+{
+    const __m256i x[2] = {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+    for (int i = 0; i < 2; i++)
+        _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(_mm256_cvtepi32_ps(x[i]), _mm256_set1_ps(scale)));
+}
+
+INLINE void v16_store_words(int16_t *q, v16 v)
+{
+    const __m256i x = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));
+    _mm256_storeu_si256((__m256i *)q, _mm256_permute4x64_epi64(x, 0xd8));
+}
+
+/* Largest magnitude so far, as bits. */
+INLINE __m256 absmax8(__m256 top, __m256 x)
+{
+    const __m256i bits = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(top), bits));
+}
+INLINE v16 v16_absmax(v16 top, v16 x) { return (v16){absmax8(top.a, x.a), absmax8(top.b, x.b)}; }
+
+INLINE uint32_t v16_bits(v16 top)
+{
+    const __m256i x = _mm256_castps_si256(absmax8(top.a, top.b));
+    __m128i y = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    y = _mm_max_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
 }
 
 #include "attention_template.h"

@@ -19,15 +19,12 @@ INLINE v16 v16_sub(v16 a, v16 b) { return _mm512_sub_ps(a, b); }
 INLINE v16 v16_mul(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
 INLINE v16 v16_xor(v16 a, v16 b) { return _mm512_xor_ps(a, b); }
 INLINE v16 v16_max(v16 a, v16 b) { return _mm512_max_ps(a, b); } /* b if one is a NaN */
+INLINE float v16_highest(v16 v) { return _mm512_reduce_max_ps(v); }
 INLINE v16 v16_fma(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
 
 /* Elements [i, i + 16) of a row, zero beyond `left` of them. */
 INLINE v16 v16_row(const void *x, gp_dtype type, int64_t i, int64_t left)
 {
-    if (type == GP_I8 && left >= 16) {
-        const __m128i b = _mm_loadu_si128((const __m128i *)((const int8_t *)x + i));
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b));
-    }
     return load16(x, type, i, tail_mask(left));
 }
 
@@ -89,6 +86,81 @@ INLINE void v16_fold_tile(const v16 sum[TILE], float *out)
     __m512 v = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
     _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_ps(u, v, 0x44), _mm512_shuffle_ps(u, v, 0xee)));
 }
+
+/* -- int8: attention_bytes.h ------------------------------------------------------------------- */
+
+#define WORDS 32
+#define WORD_TILE 16
+#define WORD_STRIP 2 /* x 4 heads x 2 halves: 16 sums */
+
+typedef __m512i words;
+
+INLINE words words_zero(void) { return _mm512_setzero_si512(); }
+INLINE words words_load(const void *x) { return _mm512_loadu_si512(x); }
+INLINE void words_store(void *y, words v) { _mm512_storeu_si512(y, v); }
+INLINE words words_set1(int32_t pair) { return _mm512_set1_epi32(pair); }
+INLINE words words_low(words a, words b) { return _mm512_unpacklo_epi16(a, b); }
+INLINE words words_high(words a, words b) { return _mm512_unpackhi_epi16(a, b); }
+/* As int8_avx512_vnni.c: gcc 12 spills the accumulators of the intrinsic. */
+INLINE words words_dot(words a, words b, words sum)
+{
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+/* Bytes of a row, zero beyond `left` of them. */
+INLINE words words_row(const int8_t *x, int64_t left)
+{
+    const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, x));
+}
+
+INLINE int32_t words_fold(words v) { return _mm512_reduce_add_epi32(v); }
+
+/* In each 128 bits, the sums of four registers' four lanes. */
+INLINE words fold_quads(const words *x)
+{
+    const words u = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+    const words v = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(u, v), _mm512_unpackhi_epi64(u, v));
+}
+/* Neighbours among the 128 bits of two registers. */
+INLINE words fold_halves(words x, words y)
+{
+    return _mm512_add_epi32(_mm512_shuffle_i64x2(x, y, 0x88), _mm512_shuffle_i64x2(x, y, 0xdd));
+}
+
+INLINE void words_fold_tile(const words sum[WORD_TILE], float *out)
+{
+    const words x = fold_halves(fold_quads(sum), fold_quads(sum + 4));
+    const words y = fold_halves(fold_quads(sum + 8), fold_quads(sum + 12));
+    _mm512_storeu_ps(out, _mm512_cvtepi32_ps(fold_halves(x, y)));
+}
+
+/* out = sums * scale, in their order: low has the first four of each eight, high the others. */
+INLINE void words_store_floats(words low, words high, float scale, float *out)
+{
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const words x[2] = {_mm512_permutex2var_epi64(low, first, high),
+                        _mm512_permutex2var_epi64(low, second, high)};
+    for (int i = 0; i < 2; i++)
+        _mm512_storeu_ps(out + 16 * i, _mm512_mul_ps(_mm512_cvtepi32_ps(x[i]), _mm512_set1_ps(scale)));
+}
+
+INLINE void v16_store_words(int16_t *q, v16 v)
+{
+    _mm256_storeu_si256((__m256i *)q, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+}
+
+/* Largest magnitude so far, as bits. */
+INLINE v16 v16_absmax(v16 top, v16 x)
+{
+    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(top), bits));
+}
+
+INLINE uint32_t v16_bits(v16 top) { return _mm512_reduce_max_epu32(_mm512_castps_si512(top)); }
 
 #include "attention_template.h"
 

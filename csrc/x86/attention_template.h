@@ -116,46 +116,23 @@ INLINE void value_run(run values, gp_dtype type, int64_t D, const float *w, int 
     if (d < D) value_strip(values, type, D, d, 0, w, R, 1, out);
 }
 
-/* p of a row's n scores in s, times the values' scales; the sum of p before that. */
-INLINE float soften(float *s, int64_t n, const float *k_scale, const float *v_scale, float *top)
+/* p of a row's n scores, in their place; returns their sum. */
+INLINE float soften(float *s, int64_t n, float *top)
 {
     const int64_t n_pad = gp_ceil_div(n, 16) * 16;
     for (int64_t t = n; t < n_pad; t++) s[t] = -INFINITY; /* adds 0 */
     v16 m = v16_set1(-INFINITY), sum = v16_zero();
+    for (int64_t t = 0; t < n_pad; t += 16) m = v16_max(v16_load(s + t), m);
+    *top = v16_highest(m);
     for (int64_t t = 0; t < n_pad; t += 16) {
-        v16 x = v16_load(s + t);
-        if (k_scale) x = v16_mul(x, v16_load(k_scale + t));
-        v16_store(s + t, x);
-        m = v16_max(x, m);
-    }
-    float lane[16], highest = -INFINITY;
-    v16_store(lane, m);
-    for (int l = 0; l < 16; l++) highest = lane[l] > highest ? lane[l] : highest;
-    for (int64_t t = 0; t < n_pad; t += 16) {
-        const v16 p = v16_exp2(v16_sub(v16_load(s + t), v16_set1(highest)));
+        const v16 p = v16_exp2(v16_sub(v16_load(s + t), v16_set1(*top)));
         sum = v16_add(sum, p);
-        v16_store(s + t, v_scale ? v16_mul(p, v16_load(v_scale + t)) : p);
+        v16_store(s + t, p);
     }
-    *top = highest;
     return v16_fold(sum);
 }
 
-/* Scales of a chunk's slots as floats; 1 beyond them, where scores are -infinity. */
-INLINE void load_scales(const gp_attend *a, int part, float *scale)
-{
-    const int64_t n = a->end - a->begin;
-    for (run r = run_at(a, part, 0); r.n; r = run_at(a, part, r.t + r.n)) {
-        int64_t t = 0;
-        for (; t + 16 <= r.n; t += 16)
-            v16_store(scale + r.t + t, v16_row(r.scales + t, GP_F16, 0, 16));
-        for (; t < r.n; t++) scale[r.t + t] = gp_f16_to_float(r.scales[t]);
-        if (r.t + r.n == n) break;
-    }
-    for (int64_t t = n; t % 16; t++) scale[t] = 1;
-}
-
-INLINE void attend_rows(const gp_attend *a, gp_dtype type, int64_t first, int R, const float *k_scale,
-                        const float *v_scale)
+INLINE void attend_rows(const gp_attend *a, gp_dtype type, int64_t first, int R)
 {
     const int64_t D = a->pages->D, D_pad = gp_ceil_div(D, 16) * 16, n = a->end - a->begin;
     float q[ROWS * GP_HEAD_DIM_MAX], s[ROWS * GP_CHUNK], last[ROWS][GP_HEAD_DIM_MAX];
@@ -179,7 +156,7 @@ INLINE void attend_rows(const gp_attend *a, gp_dtype type, int64_t first, int R,
     }
     for (int r = 0; r < R; r++) {
         float *partial = a->partial + (first + r) * GP_PARTIAL(D);
-        partial[D + 1] = soften(s + r * GP_CHUNK, n, k_scale, v_scale, partial + D);
+        partial[D + 1] = soften(s + r * GP_CHUNK, n, partial + D);
     }
     for (int64_t t = 0; t < n;) {
         const run values = run_at(a, 1, t);
@@ -190,25 +167,48 @@ INLINE void attend_rows(const gp_attend *a, gp_dtype type, int64_t first, int R,
         memcpy(a->partial + (first + r) * GP_PARTIAL(D), out[r], (size_t)D * sizeof(float));
 }
 
-INLINE void attend_type(const gp_attend *a, gp_dtype type, const float *k_scale, const float *v_scale)
+#include "attention_bytes.h"
+
+/* Scales of a chunk's slots as floats; 1 beyond them. */
+INLINE void load_scales(const gp_attend *a, int part, float *scale)
+{
+    const int64_t n = a->end - a->begin;
+    for (run r = run_at(a, part, 0); r.n; r = run_at(a, part, r.t + r.n)) {
+        int64_t t = 0;
+        for (; t + 16 <= r.n; t += 16)
+            v16_store(scale + r.t + t, v16_row(r.scales + t, GP_F16, 0, 16));
+        for (; t < r.n; t++) scale[r.t + t] = gp_f16_to_float(r.scales[t]);
+        if (r.t + r.n == n) break;
+    }
+    for (int64_t t = n; t % 16; t++) scale[t] = 1;
+}
+
+INLINE void attend_type(const gp_attend *a, gp_dtype type)
 {
     int64_t r = 0;
-    for (; r + 4 <= a->rows; r += 4) attend_rows(a, type, r, 4, k_scale, v_scale);
-    if (a->rows - r >= 2) attend_rows(a, type, r, 2, k_scale, v_scale), r += 2;
-    if (a->rows - r) attend_rows(a, type, r, 1, k_scale, v_scale);
+    for (; r + 4 <= a->rows; r += 4) attend_rows(a, type, r, 4);
+    if (a->rows - r >= 2) attend_rows(a, type, r, 2), r += 2;
+    if (a->rows - r) attend_rows(a, type, r, 1);
+}
+
+INLINE void attend_bytes(const gp_attend *a)
+{
+    float k_scale[GP_CHUNK], v_scale[GP_CHUNK];
+    load_scales(a, 0, k_scale);
+    load_scales(a, 1, v_scale);
+    int64_t r = 0;
+    for (; r + 4 <= a->rows; r += 4) attend_byte_rows(a, r, 4, k_scale, v_scale);
+    if (a->rows - r >= 2) attend_byte_rows(a, r, 2, k_scale, v_scale), r += 2;
+    if (a->rows - r) attend_byte_rows(a, r, 1, k_scale, v_scale);
 }
 
 TARGET static void NAME(attend_chunk)(const gp_attend *a)
 {
-    float k_scale[GP_CHUNK], v_scale[GP_CHUNK];
     switch (a->pages->type) {
-    case GP_F32: attend_type(a, GP_F32, NULL, NULL); break;
-    case GP_BF16: attend_type(a, GP_BF16, NULL, NULL); break;
-    case GP_F16: attend_type(a, GP_F16, NULL, NULL); break;
-    default:
-        load_scales(a, 0, k_scale);
-        load_scales(a, 1, v_scale);
-        attend_type(a, GP_I8, k_scale, v_scale);
+    case GP_F32: attend_type(a, GP_F32); break;
+    case GP_BF16: attend_type(a, GP_BF16); break;
+    case GP_F16: attend_type(a, GP_F16); break;
+    default: attend_bytes(a);
     }
 }
 

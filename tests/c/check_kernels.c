@@ -500,11 +500,18 @@ static void check_decoder_rows(const gp_impl *impl, int64_t K)
     release_all();
 }
 
-/* Every instruction set of this CPU, or the one named. */
+/* Bit for bit, but that a NaN may be any. */
+static int same_floats(const float *x, const float *y, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (memcmp(x + i, y + i, 4) && !(isnan(x[i]) && isnan(y[i]))) return 0;
+    return 1;
+}
+
 /* Attention over pages, and what fills them; all instruction sets give the reference's bits. The pages lie in
  * any order; only those of the sequence are there to be read. */
 static void check_attention(const gp_impl *impl, gp_dtype type, int64_t rows, int64_t D,
-                            int64_t page_size, int64_t begin, int64_t end)
+                            int64_t page_size, int64_t begin, int64_t end, int special)
 {
     enum { HEADS = 2, HEAD = 1 };
     const int64_t n_pages = (end + page_size - 1) / page_size, size = GP_PARTIAL(D);
@@ -518,33 +525,43 @@ static void check_attention(const gp_impl *impl, gp_dtype type, int64_t rows, in
         float *want = malloc((size_t)(rows * size) * 4);
         fill_floats(data, type, n_pages * page * D);
         fill_halves(scales, n_pages * page);
+        for (int64_t i = 0; i < n_pages * page; i++) scales[i] &= 0x3fff; /* none is negative */
         fill_floats(q, GP_F32, rows * D);
+        if (special == 1) q[0] = NAN, q[rows * D - 1] = INFINITY;
+        if (special == 2) memset(q, 0, (size_t)D * 4), q[rows * D - 1] = 1e-35f;
+        uint16_t *first = scales + (n_pages - 1 - begin / page_size) * page + HEAD * page_size + begin % page_size;
+        if (special == 3) first[0] = 0, first[HEADS * page_size] = 0;
+        if (special == 4) first[(int)rows % 2 * HEADS * page_size] = 0x7e00; /* a NaN: of a key, or a value */
+        if (special == 5) { /* the largest sums */
+            memset(data, 0x80, (size_t)(n_pages * page * D) * size_of(type));
+            for (int64_t i = 0; i < rows * D; i++) q[i] = 1;
+        }
         for (int64_t i = 0; i < n_pages; i++) table[i] = (int32_t)(n_pages - 1 - i);
         gp_pages pages = {type, HEADS, D, page_size, data, page * D, type == GP_I8 ? scales : NULL, page};
         gp_attend a = {&pages, table, HEAD, rows, q, 0.1f, begin, end, end, want};
         ref->attend_chunk(&a);
         a.partial = y;
         impl->attend_chunk(&a);
-        CHECK(memcmp(y, want, (size_t)(rows * size) * 4) == 0,
-              "%s attend_chunk type %d rows %ld D %ld pages of %ld, slots %ld to %ld", impl->name,
-              (int)type, (long)rows, (long)D, (long)page_size, (long)begin, (long)end);
+        CHECK(same_floats(y, want, rows * size),
+              "%s attend_chunk type %d rows %ld D %ld pages of %ld, slots %ld to %ld, special %d",
+              impl->name, (int)type, (long)rows, (long)D, (long)page_size, (long)begin, (long)end, special);
         float *out = guarded((size_t)D * 4, at_start), *want_out = malloc((size_t)D * 4);
         for (int64_t n = 0; n <= rows; n++) {
             impl->attend_combine(y, n, size, D, out);
             ref->attend_combine(y, n, size, D, want_out);
-            CHECK(memcmp(out, want_out, (size_t)D * 4) == 0, "%s attend_combine D %ld", impl->name,
-                  (long)D);
+            CHECK(same_floats(out, want_out, D), "%s attend_combine D %ld", impl->name, (long)D);
         }
         char *row = guarded((size_t)D * size_of(type), at_start);
         char *want_row = malloc((size_t)D * size_of(type));
-        for (int special = 0; special < 4; special++) {
-            if (special == 1) memset(q, 0, (size_t)D * 4);
-            if (special == 2) q[D - 1] = type == GP_I8 ? NAN : 3e38f;
-            if (special == 3) q[0] = -INFINITY;
+        fill_floats(q, GP_F32, rows * D);
+        for (int i = 0; i < 4; i++) {
+            if (i == 1) memset(q, 0, (size_t)D * 4);
+            if (i == 2) q[D - 1] = type == GP_I8 ? NAN : 3e38f;
+            if (i == 3) q[0] = -INFINITY;
             const uint16_t scale = impl->page_store_row(q, D, type, row);
             CHECK(scale == ref->page_store_row(q, D, type, want_row) &&
                       memcmp(row, want_row, (size_t)D * size_of(type)) == 0,
-                  "%s page_store_row type %d D %ld special %d", impl->name, (int)type, (long)D, special);
+                  "%s page_store_row type %d D %ld special %d", impl->name, (int)type, (long)D, i);
         }
         free(want_row);
         free(want_out);
@@ -553,6 +570,7 @@ static void check_attention(const gp_impl *impl, gp_dtype type, int64_t rows, in
     }
 }
 
+/* Every instruction set of this CPU, or the one named. */
 int main(int argc, char **argv)
 {
     static const int64_t sizes[] = {1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129, 200};
@@ -597,13 +615,14 @@ int main(int argc, char **argv)
             }
         }
         for (int type = GP_F32; type <= GP_I8; type++) {
-            static const int64_t dims[] = {1, 8, 16, 17, 40, 64, 80, 128, 200};
-            for (int d = 0; d < 9; d++)
+            static const int64_t dims[] = {1, 8, 16, 17, 40, 64, 80, 128, 200, GP_HEAD_DIM_MAX};
+            for (int d = 0; d < 10; d++)
                 for (int64_t rows = 1; rows <= 7; rows++) {
                     static const int64_t sizes_of_pages[] = {1, 16, 48, 64, 256};
                     const int64_t page_size = sizes_of_pages[(d + rows) % 5];
                     const int64_t n = 1 + (37 * rows + 29 * d) % GP_CHUNK, begin = (11 * rows) % 70;
-                    check_attention(&table, (gp_dtype)type, rows, dims[d], page_size, begin, begin + n);
+                    const int special = type == GP_I8 ? (int)(d + 2 * rows) % 6 : 0;
+                    check_attention(&table, (gp_dtype)type, rows, dims[d], page_size, begin, begin + n, special);
                 }
         }
         /* Wide enough for every loop of the packed linear: panels, chunks of K, blocks of tokens. */
