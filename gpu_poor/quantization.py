@@ -156,7 +156,8 @@ class QuantizedModel(Holder):
         Raises:
             TypeError: the prompt is of another kind.
             ValueError: an empty prompt, one that the context has no room for, messages without a
-                chat template, or options that say how many texts to return.
+                chat template, a wrong ``stop`` or ``max_new_tokens``, or options that have no place
+                here, such as ``num_return_sequences``.
         """
         prompts, several = _prompts(prompt)
         if echo and not all(isinstance(p, str) for p in prompts):
@@ -259,8 +260,8 @@ class QuantizedModel(Holder):
         if max_new_tokens is None:
             wanted = self.model.generation_config.max_new_tokens or MAX_NEW_TOKENS
             max_new_tokens = min(wanted, room)
-        elif max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+        elif not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
         elif max_new_tokens > room:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens} does not fit: the prompt has {longest} tokens, "
@@ -327,6 +328,7 @@ _CONFIG_OPTIONS = (
 
 #: Options of transformers' generate that have no place here, and what to do instead.
 _OURS = {
+    "max_length": "it is max_new_tokens here, and the prompt does not count",
     "num_return_sequences": "give the prompt several times",
     "return_dict_in_generate": "the result is text; model.model.generate has the rest",
     "stop_strings": "it is stop here",
@@ -370,7 +372,8 @@ def _check_one_beam(model: nn.Module, options: dict, what: str) -> None:
 
 
 def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    several = stop is None or isinstance(stop, Collection)
+    stops = tuple(stop or ()) if several and not isinstance(stop, str) else (stop,)
     if not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"stop must be a string or strings, none of them empty, got {stop!r}")
     return stops
