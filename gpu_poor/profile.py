@@ -8,6 +8,7 @@ profiler itself slows down Python, but hardly an operator.
 """
 
 import json
+import os
 import statistics
 import time
 from bisect import bisect_right
@@ -30,7 +31,10 @@ PROMPT_TOKENS = 32
 #: Names of the ranges that we record: of a module by its name, of the cache, of a token.
 MODULE, CACHE, TOKEN = "gpu_poor.module:", "gpu_poor.cache", "gpu_poor.token"
 BETWEEN = "Python between"
+#: The id of no token. Of a negative one transformers warns.
+NO_TOKEN = 2**31 - 1
 _BAR = 30  # characters
+_LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ def _generator(model: nn.Module, ids: Tensor, n_tokens: int) -> Callable[[_Clock
             do_sample=False,
             num_beams=1,
             max_new_tokens=n_tokens,
-            eos_token_id=-1,  # none: looking for the end costs what it always does, but is in vain
+            eos_token_id=NO_TOKEN,  # looking for the end costs what it always does, but is in vain
             pad_token_id=0,
             streamer=clock,
         )
@@ -230,8 +234,16 @@ def _generator(model: nn.Module, ids: Tensor, n_tokens: int) -> Callable[[_Clock
     return generate
 
 
-def _recording():
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+@contextmanager
+def _recording() -> Iterator[torch.profiler.profile]:
+    """Torch's profiler, without the lines that torch 2.13's writes to stderr at start and stop."""
+    level = os.environ.setdefault(_LOG_LEVEL, "99")  # read once, when a process first profiles
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recording:
+            yield recording
+    finally:
+        if level == "99":
+            del os.environ[_LOG_LEVEL]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from gpu_poor.fusion.decoders import (
     decoder_class,
     decoder_of,
 )
+from gpu_poor.modules import unwrap
 
 __all__ = ["ARCHITECTURES", "Explanation", "Path", "explain", "fuse", "unfuse"]
 
@@ -46,6 +47,7 @@ def fuse(model: nn.Module) -> nn.Module:
     Returns:
         The same model. :func:`explain` says what came of it, :func:`unfuse` undoes it.
     """
+    held, model = model, _module(model)
     blocks = [m for m in model.modules() if architecture_of(m) is not None]
     for module in model.modules():
         cls = type(module)
@@ -54,7 +56,7 @@ def fuse(model: nn.Module) -> nn.Module:
         generates = blocks and hasattr(cls, "_prepare_cache_for_generation")
         if architecture_of(module) or decoder_of(module) or generates:
             module.__class__ = fused_type(cls)
-    return model
+    return held
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -62,12 +64,13 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     A cache that ``use_paged_kv_cache_if_available`` has set up stays.
     """
+    held, model = model, _module(model)
     for module in model.modules():
         if original(type(module)) is not type(module) and "_gp_kv_pool" not in module.__dict__:
             module.__class__ = original(type(module))
             for name in (BINDING, LAST):
                 module.__dict__.pop(name, None)
-    return model
+    return held
 
 
 @dataclass
@@ -116,6 +119,7 @@ class Explanation:
 
 def explain(model: nn.Module) -> Explanation:
     """Which path each known decoder block takes now, and why; with what the last call met."""
+    model = _module(model)
     result = Explanation(original(type(model)).__name__)
     for name, module in model.named_modules():
         if architecture_of(module) is not None:
@@ -123,6 +127,12 @@ def explain(model: nn.Module) -> Explanation:
         elif decoder_of(module) is not None:
             result.steps.append(_path(name, module, decoder_binding_of))
     return result
+
+
+def _module(model) -> nn.Module:
+    if not isinstance(unwrap(model), nn.Module):
+        raise TypeError(f"this takes a model, got {type(model).__name__}")
+    return unwrap(model)
 
 
 def _path(name: str, module: nn.Module, bound) -> Path:
