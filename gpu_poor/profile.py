@@ -8,6 +8,7 @@ profiler itself slows down Python, but hardly an operator.
 """
 
 import json
+import os
 import statistics
 import time
 from bisect import bisect_right
@@ -33,6 +34,7 @@ NO_TOKEN = torch.iinfo(torch.int64).max
 MODULE, CACHE, TOKEN = "gpu_poor.module:", "gpu_poor.cache", "gpu_poor.token"
 BETWEEN = "Python between"
 _BAR = 30  # characters
+_LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
 @dataclass(frozen=True)
@@ -237,8 +239,16 @@ def _generator(model: nn.Module, ids: Tensor, n_tokens: int) -> Callable[[_Clock
     return generate
 
 
-def _recording():
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+@contextmanager
+def _recording() -> Iterator[torch.profiler.profile]:
+    """Torch's profiler, without the lines that torch 2.13's writes to stderr at start and stop."""
+    level = os.environ.setdefault(_LOG_LEVEL, "99")  # read once, when a process first profiles
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recording:
+            yield recording
+    finally:
+        if level == "99":
+            del os.environ[_LOG_LEVEL]
 
 
 @contextmanager

@@ -156,7 +156,8 @@ class QuantizedModel(Holder):
         Raises:
             TypeError: the prompt is of another kind.
             ValueError: an empty prompt, one that the context has no room for, messages without a
-                chat template, or options that say how many texts to return.
+                chat template, a wrong ``stop`` or ``max_new_tokens``, or options that have no place
+                here, such as ``num_return_sequences``.
         """
         prompts, several = _prompts(prompt)
         if echo and not all(isinstance(p, str) for p in prompts):
@@ -339,7 +340,7 @@ _OURS = {
     "input_ids": "give the text; model.model.generate takes tokens",
     "inputs": "give the text; model.model.generate takes tokens",
     "inputs_embeds": "give the text; model.model.generate takes embeddings",
-    "max_length": "it is max_new_tokens here",
+    "max_length": "it is max_new_tokens here, and the prompt does not count",
     "num_return_sequences": "give the prompt several times",
     "return_dict_in_generate": "the result is text; model.model.generate has the rest",
     "stop_strings": "it is stop here",

@@ -65,7 +65,8 @@ def test_greedy_tokens_depend_on_the_sequence_only(name, format):
         first = PagedKVCache(pool)
         generate(model, ids[:2], past_key_values=first)
         first.publish(torch.cat((ids[:2], expected[:2]), 1))
-        second = PagedKVCache(pool)
+        second = PagedKVCache(model)  # of the model's pool
+        assert second.pool is pool
         assert second.share_prefix(ids[:2]) == 35 // page_size * page_size
         held = pool.allocator.n_held
         assert_equal(generate(model, ids[:2], past_key_values=second), expected[:2])
@@ -384,3 +385,19 @@ def test_pages_cost_nothing_before_they_are_written():
     pool = PagePool(make_model("llama"), "fp32", "2GB")
     assert pool.arena.nbytes > 1.9e9
     assert memory.rss()["anon"] - before < 50e6
+
+
+def test_a_prompt_alone_can_be_published_after_generate():
+    model, ids = paged("llama", "fp32", 8), tokens(1, 20)
+    cache = PagedKVCache(model)
+    want = generate(model, ids, past_key_values=cache)
+    cache.publish(ids)
+    other = PagedKVCache(model)
+    assert other.share_prefix(torch.cat((ids, want), 1)) == 16, "what was generated is not shared"
+    with pytest.raises(ValueError, match="0 sequences of 0 tokens are stored"):
+        PagedKVCache(model).publish(ids)
+
+
+def test_a_size_that_the_system_refuses_is_named():
+    with pytest.raises(MemoryError, match="kv_memory='999TB' is more than the system gives"):
+        PagePool(make_model("llama"), "int8", "999TB")

@@ -269,6 +269,9 @@ def use_lsh_attention(
     if not inner._can_set_attn_implementation():
         raise ValueError(f"{type(inner).__name__} has attention of its own, not exchangeable")
     length, exact = min(n_positions(inner), 4096), inner.config._attn_implementation
+    if exact == NAME:  # called again, with other settings
+        exact = "sdpa"
+        inner.set_attn_implementation(exact)
     if text is not None:
         before = metrics.perplexity(inner, text, tokenizer, length=length)
     inner.set_attn_implementation(NAME)

@@ -8,7 +8,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from gpu_poor import attention, ops
-from gpu_poor.kv_cache.pool import PagePool
+from gpu_poor.kv_cache.pool import POOL, PagePool
 from gpu_poor.kv_cache.sequences import Sequences
 
 
@@ -119,8 +119,9 @@ class PagedKVCache(Cache):
     """A transformers cache whose keys and values are pages of a :class:`PagePool`.
 
     Args:
-        pool: a pool, shared by any number of caches; or the model (or config) to make one for, with
-            the ``options`` of PagePool.
+        pool: a pool, shared by any number of caches; a model, whose pool is taken if
+            ``use_paged_kv_cache_if_available`` has made one; or the model or config to make one
+            for, with the ``options`` of PagePool.
 
     Its pages are free again when it is gone, those that all windows have left (of a model all of
     whose layers have one) when the next tokens come. For code that runs a whole block itself:
@@ -131,6 +132,7 @@ class PagedKVCache(Cache):
     """
 
     def __init__(self, pool, **options):
+        pool = getattr(pool, POOL, pool)
         if not isinstance(pool, PagePool):
             pool = PagePool(pool, **options)
         elif options:
@@ -229,14 +231,18 @@ class PagedKVCache(Cache):
         return n * size
 
     def publish(self, input_ids: Tensor) -> None:
-        """Let other caches of the pool share what is stored: the tokens of it, ``[B, >= stored]``.
+        """Let other caches of the pool share the complete pages that hold these tokens.
+
+        Args:
+            input_ids: ``[B, L]``, what is stored: of its beginning (a prompt) or all of it (what
+                ``generate`` returned, whose last token is not stored yet).
 
         Raises:
-            ValueError: fewer tokens than are stored, padding on the left, or pages that have been
-                given back (:meth:`activate_past_recording` keeps them).
+            ValueError: not as many sequences as are stored, padding on the left, or pages that have
+                been given back (:meth:`activate_past_recording` keeps them).
         """
         stored, size = min(layer.stored for layer in self.layers), self.pool.page_size
-        if input_ids.shape[0] != len(self.sequences.rows) or input_ids.shape[1] < stored:
+        if input_ids.dim() != 2 or input_ids.shape[0] != len(self.sequences.rows) or not stored:
             raise ValueError(
                 f"{len(self.sequences.rows)} sequences of {stored} tokens are stored, got tokens "
                 f"{tuple(input_ids.shape)}"
@@ -250,7 +256,9 @@ class PagedKVCache(Cache):
             )
         with self.pool.allocator.lock:
             for tokens, row in zip(
-                _pages_of(input_ids, stored, size), self.sequences.rows, strict=True
+                _pages_of(input_ids, min(stored, input_ids.shape[1]), size),
+                self.sequences.rows,
+                strict=True,
             ):
                 self.pool.allocator.publish(tokens, row[: len(tokens)])
 

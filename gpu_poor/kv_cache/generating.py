@@ -17,11 +17,9 @@ from gpu_poor.fusion import company
 from gpu_poor.fusion.binding import original
 from gpu_poor.fusion.blocks import subclass
 from gpu_poor.kv_cache.cache import PagedKVCache
-from gpu_poor.kv_cache.pool import FORMATS, SHARE_OF_AVAILABLE, PagePool, pages_needed
+from gpu_poor.kv_cache.pool import FORMATS, POOL, SHARE_OF_AVAILABLE, PagePool, pages_needed
 from gpu_poor.modules import unwrap
 
-#: Where a model keeps the pool that use_paged_kv_cache_if_available made.
-POOL = "_gp_kv_pool"
 #: Tokens to a page of the cache that a fused model without a pool makes.
 PAGE_SIZE = 64
 #: The caches that the running call of generate has made.

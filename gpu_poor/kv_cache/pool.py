@@ -16,6 +16,8 @@ FORMATS = {
     "fp16": torch.float16,
     "int8": torch.int8,
 }
+#: Where a model keeps the pool that use_paged_kv_cache_if_available made.
+POOL = "_gp_kv_pool"
 #: Without kv_memory the arena may grow to this share of what is available when it is made.
 SHARE_OF_AVAILABLE = 0.8
 #: Sequences and tokens of each that the mean of the keys is taken of.
@@ -36,6 +38,7 @@ class PagePool:
     Raises:
         ValueError: an unknown format, a malformed size, one in which no page fits, or layers that
             are not keys and values of tokens.
+        MemoryError: the system refuses a ``kv_memory`` so large.
     """
 
     def __init__(self, config, format="int8", kv_memory=None, page_size: int = 64):
@@ -63,12 +66,25 @@ class PagePool:
         self.allocator = PageAllocator(n_pages)
         shape = (n_pages, len(self.windows), 2, self.kv_heads, page_size)
         # Not zeros: nothing is read that was not written, and what is not written costs nothing.
-        self.arena = torch.empty(*shape, self.head_dim, dtype=FORMATS[format])
-        self.scales = torch.empty(shape, dtype=torch.float16) if format == "int8" else None
+        try:
+            self.arena = torch.empty(*shape, self.head_dim, dtype=FORMATS[format])
+            self.scales = torch.empty(shape, dtype=torch.float16) if format == "int8" else None
+        except RuntimeError as error:  # torch's allocator; it names neither the size nor us
+            raise MemoryError(
+                f"kv_memory={kv_memory!r} is more than the system gives: {memory.available():,} "
+                "bytes are available"
+            ) from error
         #: float32 ``[layers, kv_heads, D]`` that keys are stored less; None: 0. See center_keys.
         self.shift: Tensor | None = None
         # Decoding reads pages from all over it: 2 MB ones are 20 % faster at 8192 tokens of int8.
         memory.prefer_huge_pages(self.arena)
+
+    def __repr__(self) -> str:
+        n_pages, n_free = self.allocator.n_pages, self.allocator.n_free
+        return (
+            f"PagePool({self.format}, {n_pages:,} pages of {self.page_size} tokens, "
+            f"{n_free:,} free, {n_pages * self.page_bytes:,} bytes)"
+        )
 
     @property
     def token_bytes(self) -> int:
