@@ -242,12 +242,13 @@ def _generator(model: nn.Module, ids: Tensor, n_tokens: int) -> Callable[[_Clock
 @contextmanager
 def _recording() -> Iterator[torch.profiler.profile]:
     """Torch's profiler, without the lines that torch 2.13's writes to stderr at start and stop."""
-    level = os.environ.setdefault(_LOG_LEVEL, "99")  # read once, when a process first profiles
+    is_set = _LOG_LEVEL in os.environ
+    os.environ.setdefault(_LOG_LEVEL, "99")  # read once, when a process first profiles
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recording:
             yield recording
     finally:
-        if level == "99":
+        if not is_set:
             del os.environ[_LOG_LEVEL]
 
 
