@@ -3,7 +3,7 @@
 ``python -m benchmarks.attention [--lengths 1024 8192 32768] [--quick]``. One new token, as in each
 layer of a model: the copies of keys and values taken in turn are the layers of one pool, more than
 any cache holds, and a sample goes over all of them once. Pages are scattered, as after some use.
-Between the rounds the read stream of machine.c passes; shares are of the pass in the same round.
+Between the rounds the read stream of machine.c passes; shares are of its best in the same round.
 Each format is first compared with attention in float64 of the same stored numbers.
 Memory: anonymous bytes that a cache of 8192 tokens adds to a process of its own.
 """
@@ -133,9 +133,10 @@ def contenders(heads: tuple[int, int, int], length: int) -> dict[str, dict]:
 def speed(heads: tuple, length: int, stream: machine.Stream, rounds: int) -> list[dict]:
     """Rows of one shape and length."""
     found = contenders(heads, length)
-    calls: dict[str, Callable] = {"stream": stream.gb_s} | {n: c["call"] for n, c in found.items()}
-    samples = timing.interleave(calls, rounds)
-    rate = [stream.bytes / seconds for seconds in samples.pop("stream")]
+    rate: list[float] = []
+    calls: dict[str, Callable] = {"stream": lambda: rate.append(1e9 * stream.best())}
+    samples = timing.interleave(calls | {n: c["call"] for n, c in found.items()}, rounds)
+    del samples["stream"], rate[:-rounds]  # those before the first round
     per_call = {n: [s / found[n]["copies"] for s in values] for n, values in samples.items()}
     rows = []
     for name, seconds in per_call.items():

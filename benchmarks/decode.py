@@ -10,11 +10,13 @@ After that: speed over context length, an ablation and a timeline (benchmarks/de
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -125,7 +127,7 @@ def measure(shape: str, args, stream: machine.Stream) -> dict:
     samples: dict[str, list[float]] = {name: [] for name in models}
     rates = []
     for r in range(args.rounds):
-        rates.append(1e9 * stream.gb_s())
+        rates.append(1e9 * stream.best())
         for name in list(models)[:: 1 if r % 2 == 0 else -1]:
             with spans.get(name, contextlib.nullcontext()):
                 samples[name].append(decode(name))
@@ -175,27 +177,36 @@ def main(argv: list[str] | None = None) -> int:
     decode_contexts.add_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, 2 rounds")
     parser.add_argument("--json", help="default: benchmarks/results/decode.json")
+    parser.add_argument(
+        "--only-shapes", action="store_true", help="keep what the file has of all that comes after"
+    )
     args = parser.parse_args(argv)
     if args.quick:
         args.shapes, args.rounds, args.tokens = ["tiny-gpt2", "tiny-llama"], 2, 8
         decode_contexts.make_quick(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    parts: dict[str, Callable] = {
+        "contexts": decode_contexts.contexts,
+        "ablation": decode_contexts.ablation,
+        "timeline": decode_contexts.timeline,
+    }
+    kept = {}
+    if args.only_shapes:
+        path = Path(args.json or machine.RESULTS / "decode.json")
+        kept = {name: json.loads(path.read_text())[name] for name in parts}
     stream = machine.Stream(machine.cold_buffer(1.1), args.threads)
     record = {"header": machine.header(args.threads), "complete": False,
-              "stream_gb_s": max(stream.tune().values()), "shapes": []}  # fmt: skip
+              "stream_gb_s": max(stream.tune().values()), "shapes": [], **kept}  # fmt: skip
     for shape in args.shapes:
         record["shapes"].append(measure(shape, args, stream))
         for row in record["shapes"][-1]["rows"]:
             print(report(shape, row), flush=True)
         machine.save(record, args.json, "decode.json")
     del stream
-    parts: dict[str, Callable] = {
-        "contexts": decode_contexts.contexts,
-        "ablation": decode_contexts.ablation,
-        "timeline": decode_contexts.timeline,
-    }
     for name, measured in parts.items():
+        if name in kept:
+            continue
         record[name] = measured(args)
         machine.save(record, args.json, "decode.json")
     record["complete"] = True

@@ -138,6 +138,11 @@ class Stream:
         )
         return self.bytes / seconds / 1e9
 
+    def best(self, passes: int = 5) -> float:
+        """GB/s of the best of some passes: the first meets torch's threads, which spin for a while
+        after their last region."""
+        return max(self.gb_s() for _ in range(passes))
+
     def tune(self, passes: int = 3) -> dict[str, float]:
         """Choose the fastest loop: all once, the five best again. Returns the GB/s of each."""
         flags = _cpuinfo().get("flags", "").split()
