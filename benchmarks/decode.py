@@ -10,13 +10,11 @@ After that: speed over context length, an ablation and a timeline (benchmarks/de
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -193,8 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     kept = {}
     if args.only_shapes:
-        path = Path(args.json or machine.RESULTS / "decode.json")
-        kept = {name: json.loads(path.read_text())[name] for name in parts}
+        found = machine.saved(args.json, "decode.json")
+        kept = {name: found[name] for name in parts}
     stream = machine.Stream(machine.cold_buffer(1.1), args.threads)
     record = {"header": machine.header(args.threads), "complete": False,
               "stream_gb_s": max(stream.tune().values()), "shapes": [], **kept}  # fmt: skip

@@ -206,6 +206,19 @@ def measure(max_threads: int, gigabytes: float) -> dict:
     return {"header": header(max_threads), "buffer_gb": gigabytes, "rows": rows}
 
 
+def saved(path: str | Path | None, default: str) -> dict:
+    """What :func:`save` wrote, to go on from.
+
+    Raises:
+        SystemExit: it is of another machine.
+    """
+    record = json.loads((Path(path) if path else RESULTS / default).read_text())
+    cpu, here = record["header"]["cpu"], _cpuinfo().get("model name", platform.processor())
+    if cpu != here:
+        raise SystemExit(f"{default} is of another machine: {cpu}")
+    return record
+
+
 def save(record: dict, path: str | Path | None, default: str) -> Path:
     """Write a record as JSON, to its place in benchmarks/results unless told otherwise."""
     out = Path(path) if path else RESULTS / default

@@ -62,24 +62,35 @@ def panel(name: str, rows: list[dict]) -> Iterator[str]:
         y = top + h * (y_range[1] - log) / max(1, y_range[1] - y_range[0])
         return f"{x:.1f}", f"{y:.1f}"
 
-    yield f'<text x="{left}" y="{top - 12}" font-size="13">{escape(name)}</text>'
-    for tick in range(x_range[0], x_range[1] + 1):
-        x, _ = at(tick, y_range[0])
-        yield f'<path d="M{x} {top}V{top + h}" stroke="#e4e4e4"/>'
-        yield f'<text x="{x}" y="{top + h + 15}" text-anchor="middle">{tick}</text>'
-    for tick in range(y_range[0], y_range[1] + 1):
-        _, y = at(x_range[0], tick)
-        yield f'<path d="M{left} {y}H{left + w}" stroke="#e4e4e4"/>'
-        label = f"{10.0**tick:g}" if tick > -3 else f"1e{tick}"
-        yield f'<text x="{left - 6}" y="{y}" text-anchor="end" dy="4">{label}</text>'
-    yield (f'<text x="{left + w / 2:.0f}" y="{top + h + 32}" text-anchor="middle">stored bits per '
-           "weight of the blocks</text>")  # fmt: skip
-    yield (f'<text transform="translate(13 {top + h / 2:.0f}) rotate(-90)" text-anchor="middle">'
-           "mean KL, nats</text>")  # fmt: skip
+    xs = {at(tick, y_range[0])[0]: f"{tick}" for tick in range(x_range[0], x_range[1] + 1)}
+    ys = {
+        at(x_range[0], tick)[1]: f"{10.0**tick:g}" if tick > -3 else f"1e{tick}"
+        for tick in range(y_range[0], y_range[1] + 1)
+    }
+    yield from frame(name, xs, ys, "stored bits per weight of the blocks", "mean KL, nats")
     for strategy, colour in SERIES.items():
         yield from series(
             [(*at(b, k), row["format"]) for b, k, row in zip(bits, kl, rows, strict=True)
              if tuple(row["strategy"]) == strategy], colour, calibrated(strategy))  # fmt: skip
+
+
+def frame(
+    title: str, xs: dict[str, str], ys: dict[str, str], x_label: str, y_label: str
+) -> Iterator[str]:
+    """A panel's title, axes and grid; xs, ys: where there are lines, and what they say."""
+    left, top, right, bottom = MARGIN
+    w, h = PANEL[0] - left - right, PANEL[1] - top - bottom
+    yield f'<text x="{left}" y="{top - 12}" font-size="13">{escape(title)}</text>'
+    for x, label in xs.items():
+        yield f'<path d="M{x} {top}V{top + h}" stroke="#e4e4e4"/>'
+        yield f'<text x="{x}" y="{top + h + 15}" text-anchor="middle">{label}</text>'
+    for y, label in ys.items():
+        yield f'<path d="M{left} {y}H{left + w}" stroke="#e4e4e4"/>'
+        yield f'<text x="{left - 6}" y="{y}" text-anchor="end" dy="4">{label}</text>'
+    yield (f'<text x="{left + w / 2:.0f}" y="{top + h + 32}" text-anchor="middle">{x_label}'
+           "</text>")  # fmt: skip
+    yield (f'<text transform="translate(13 {top + h / 2:.0f}) rotate(-90)" text-anchor="middle">'
+           f"{y_label}</text>")  # fmt: skip
 
 
 def series(points: list[tuple[str, str, str]], colour: str, solid: bool) -> Iterator[str]:
@@ -146,19 +157,9 @@ def speeds(name: str, rows: list[dict]) -> Iterator[str]:
         x = left + w * math.log2(context / ticks[0]) / span
         return f"{x:.1f}", f"{top + h * (1 - speed / (n_steps * step)):.1f}"
 
-    yield f'<text x="{left}" y="{top - 12}" font-size="13">{escape(named(name))}</text>'
-    for tick in ticks:
-        x, _ = at(tick, 0)
-        yield f'<path d="M{x} {top}V{top + h}" stroke="#e4e4e4"/>'
-        yield f'<text x="{x}" y="{top + h + 15}" text-anchor="middle">{tick}</text>'
-    for i in range(n_steps + 1):
-        _, y = at(ticks[0], i * step)
-        yield f'<path d="M{left} {y}H{left + w}" stroke="#e4e4e4"/>'
-        yield f'<text x="{left - 6}" y="{y}" text-anchor="end" dy="4">{i * step:g}</text>'
-    yield (f'<text x="{left + w / 2:.0f}" y="{top + h + 32}" text-anchor="middle">tokens of context'
-           "</text>")  # fmt: skip
-    yield (f'<text transform="translate(13 {top + h / 2:.0f}) rotate(-90)" text-anchor="middle">'
-           "tokens per second</text>")  # fmt: skip
+    xs = {at(tick, 0)[0]: f"{tick}" for tick in ticks}
+    ys = {at(ticks[0], i * step)[1]: f"{i * step:g}" for i in range(n_steps + 1)}
+    yield from frame(named(name), xs, ys, "tokens of context", "tokens per second")
     for way, colour in WAYS.items():
         points = [at(r["context"], 1 / r["seconds"]["median"]) for r in rows if r["name"] == way]
         path = "L".join(f"{x} {y}" for x, y in points)

@@ -40,12 +40,7 @@ static float dot_row(const float *q, const void *k, gp_dtype type, int64_t at, i
 /* q = rint(x * 32767 / absmax); returns the scale. */
 static float quantize(const float *x, int64_t n, int16_t *q)
 {
-    uint32_t absmax = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t bits = gp_bits(x[i]) & 0x7fffffffu;
-        absmax = bits > absmax ? bits : absmax;
-    }
-    const gp_word_grid grid = gp_grid_of_words(absmax);
+    const gp_word_grid grid = gp_grid_of_words(gp_absmax(x, n));
     for (int64_t i = 0; i < n; i++) q[i] = grid.inverse > 0 ? (int16_t)rintf(x[i] * grid.inverse) : 0;
     return grid.scale;
 }

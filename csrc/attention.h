@@ -45,7 +45,17 @@ typedef struct {
     float scale, inverse;
 } gp_word_grid;
 
-/* absmax as bits, which order like magnitudes, a NaN on top. */
+/* The largest magnitude as bits, which order like magnitudes, a NaN or an infinity on top. */
+GP_INLINE uint32_t gp_absmax(const float *x, int64_t n)
+{
+    uint32_t absmax = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = gp_bits(x[i]) & 0x7fffffffu;
+        absmax = bits > absmax ? bits : absmax;
+    }
+    return absmax;
+}
+
 GP_INLINE gp_word_grid gp_grid_of_words(uint32_t absmax)
 {
     const float top = gp_from_bits(absmax);
@@ -83,11 +93,7 @@ GP_INLINE int gp_page_live(uint16_t scale) { return scale - 1u < 0x7bffu; }
  * set's vectors. Of a row of zeros, or with what is no finite number, one that is not live: 0 or NaN. */
 GP_INLINE uint16_t gp_page_scale(const float *x, int64_t D, float (*error)(const float *, int64_t, float))
 {
-    uint32_t absmax = 0; /* as bits: a NaN or an infinity ends up on top */
-    for (int64_t d = 0; d < D; d++) {
-        const uint32_t bits = gp_bits(x[d]) & 0x7fffffffu;
-        absmax = bits > absmax ? bits : absmax;
-    }
+    const uint32_t absmax = gp_absmax(x, D);
     if (absmax >= 0x7f800000u) return 0x7e00;
     uint16_t scale = gp_float_to_f16(gp_from_bits(absmax) / 127), best = scale;
     float least = INFINITY;

@@ -23,6 +23,8 @@ UNITS = {"B": 1} | {
     for power, letter in enumerate("KMGT", start=1)
     for i, base in (("", 1000), ("i", 1024))
 }
+#: Where a model keeps the pool that use_paged_kv_cache_if_available made.
+KV_POOL = "_gp_kv_pool"
 #: Of sizes, in bytes: what is reckoned with fits 64 bits.
 LARGEST = 2**62
 
@@ -385,7 +387,7 @@ def kv_cache_bytes(model: nn.Module, context: int) -> int:
     Raises:
         ValueError: there is no config, or no formula for its layers.
     """
-    pool = getattr(model, "_gp_kv_pool", None)
+    pool = getattr(model, KV_POOL, None)
     if pool is not None:
         return pool.bytes_of(context)
     config = getattr(model, "config", None)

@@ -7,9 +7,7 @@ not installed, fails, or changes nothing is a row that says so. With AVX2 only, 
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 from benchmarks import machine, peers
 from benchmarks.peers.compete import compete
@@ -21,10 +19,7 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan((32,), 8, 4) if args.quick else Plan(decode_tokens=16)
     results = {"header": machine.header(args.threads), "complete": False, "shapes": {}}
     if args.add:
-        found = json.loads(Path(args.json or machine.RESULTS / "peers.json").read_text())
-        if found["header"]["cpu"] != results["header"]["cpu"]:
-            raise SystemExit(f"--add: the file is of another machine, {found['header']['cpu']}")
-        results["shapes"] = found["shapes"]
+        results["shapes"] = machine.saved(args.json, "peers.json")["shapes"]
     for shape in args.shapes:
         print(f"{shape}:", file=sys.stderr)
         results["shapes"][shape] = compete(shape, names, args.rounds, args.threads, plan)

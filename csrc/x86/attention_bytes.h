@@ -44,14 +44,15 @@ INLINE float weigh(float *s, int64_t n, float q_scale, const float *k_scale, con
         v16_store(s + t, x);
         m = v16_max(x, m);
     }
-    const v16 highest = v16_set1(v16_highest(m));
+    const float top_score = v16_highest(m);
     for (int64_t t = 0; t < n_pad; t += 16) {
-        const v16 p = v16_exp2(v16_sub(v16_load(s + t), highest)), x = v16_mul(p, v16_load(v_scale + t));
+        const v16 p = v16_exp2(v16_sub(v16_load(s + t), v16_set1(top_score)));
+        const v16 x = v16_mul(p, v16_load(v_scale + t));
         sum = v16_add(sum, p);
         v16_store(s + t, x);
         top = v16_absmax(top, x);
     }
-    partial[D] = v16_highest(m);
+    partial[D] = top_score;
     partial[D + 1] = v16_fold(sum);
     return quantize_words(s, n_pad, top, w);
 }

@@ -132,7 +132,7 @@ INLINE float soften(float *s, int64_t n, float *top)
     return v16_fold(sum);
 }
 
-INLINE void attend_rows(const gp_attend *a, gp_dtype type, int64_t first, int R)
+INLINE void attend_rows(const gp_attend *a, int64_t first, int R, gp_dtype type)
 {
     const int64_t D = a->pages->D, D_pad = gp_ceil_div(D, 16) * 16, n = a->end - a->begin;
     float q[ROWS * GP_HEAD_DIM_MAX], s[ROWS * GP_CHUNK], last[ROWS][GP_HEAD_DIM_MAX];
@@ -183,31 +183,29 @@ INLINE void load_scales(const gp_attend *a, int part, float *scale)
     for (int64_t t = n; t % 16; t++) scale[t] = 1;
 }
 
-INLINE void attend_type(const gp_attend *a, gp_dtype type)
-{
-    int64_t r = 0;
-    for (; r + 4 <= a->rows; r += 4) attend_rows(a, type, r, 4);
-    if (a->rows - r >= 2) attend_rows(a, type, r, 2), r += 2;
-    if (a->rows - r) attend_rows(a, type, r, 1);
-}
+/* rows_of(a, first, R, ...) for all query heads, with constants for R. */
+#define IN_FOURS(rows_of, a, ...)                                                                 \
+    do {                                                                                          \
+        int64_t r = 0;                                                                            \
+        for (; r + 4 <= (a)->rows; r += 4) rows_of(a, r, 4, __VA_ARGS__);                         \
+        if ((a)->rows - r >= 2) rows_of(a, r, 2, __VA_ARGS__), r += 2;                            \
+        if ((a)->rows - r) rows_of(a, r, 1, __VA_ARGS__);                                         \
+    } while (0)
 
 INLINE void attend_bytes(const gp_attend *a)
 {
     float k_scale[GP_CHUNK], v_scale[GP_CHUNK];
     load_scales(a, 0, k_scale);
     load_scales(a, 1, v_scale);
-    int64_t r = 0;
-    for (; r + 4 <= a->rows; r += 4) attend_byte_rows(a, r, 4, k_scale, v_scale);
-    if (a->rows - r >= 2) attend_byte_rows(a, r, 2, k_scale, v_scale), r += 2;
-    if (a->rows - r) attend_byte_rows(a, r, 1, k_scale, v_scale);
+    IN_FOURS(attend_byte_rows, a, k_scale, v_scale);
 }
 
 TARGET static void NAME(attend_chunk)(const gp_attend *a)
 {
     switch (a->pages->type) {
-    case GP_F32: attend_type(a, GP_F32); break;
-    case GP_BF16: attend_type(a, GP_BF16); break;
-    case GP_F16: attend_type(a, GP_F16); break;
+    case GP_F32: IN_FOURS(attend_rows, a, GP_F32); break;
+    case GP_BF16: IN_FOURS(attend_rows, a, GP_BF16); break;
+    case GP_F16: IN_FOURS(attend_rows, a, GP_F16); break;
     default: attend_bytes(a);
     }
 }

@@ -20,6 +20,7 @@ from gpu_poor.fusion.decoders import (
     decoder_class,
     decoder_of,
 )
+from gpu_poor.memory import KV_POOL
 from gpu_poor.modules import unwrap
 
 __all__ = ["ARCHITECTURES", "Explanation", "Path", "explain", "fuse", "unfuse"]
@@ -65,7 +66,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     A cache that ``use_paged_kv_cache_if_available`` has set up stays.
     """
     for module in _checked(model, "unfuse").modules():
-        if original(type(module)) is not type(module) and "_gp_kv_pool" not in module.__dict__:
+        if original(type(module)) is not type(module) and KV_POOL not in module.__dict__:
             module.__class__ = original(type(module))
             for name in (BINDING, LAST):
                 module.__dict__.pop(name, None)

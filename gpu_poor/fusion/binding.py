@@ -25,8 +25,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-
 #: Packages whose forwards do what their classes' names say.
 _HOMES = ("transformers", "torch", "gpu_poor")
 

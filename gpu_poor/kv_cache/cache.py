@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from gpu_poor import attention, ops
-from gpu_poor.kv_cache.pool import POOL, PagePool
+from gpu_poor import attention, memory, ops
+from gpu_poor.kv_cache.pool import PagePool
 from gpu_poor.kv_cache.sequences import Sequences
 
 
@@ -132,7 +132,7 @@ class PagedKVCache(Cache):
     """
 
     def __init__(self, pool, **options):
-        pool = getattr(pool, POOL, pool)
+        pool = getattr(pool, memory.KV_POOL, pool)
         if not isinstance(pool, PagePool):
             pool = PagePool(pool, **options)
         elif options:

@@ -17,7 +17,7 @@ from gpu_poor.fusion import company
 from gpu_poor.fusion.binding import original
 from gpu_poor.fusion.blocks import subclass
 from gpu_poor.kv_cache.cache import PagedKVCache
-from gpu_poor.kv_cache.pool import FORMATS, POOL, SHARE_OF_AVAILABLE, PagePool, pages_needed
+from gpu_poor.kv_cache.pool import FORMATS, SHARE_OF_AVAILABLE, PagePool, pages_needed
 from gpu_poor.modules import unwrap
 
 #: Tokens to a page of the cache that a fused model without a pool makes.
@@ -57,7 +57,7 @@ def use_paged_kv_cache_if_available(
         return held
     if format == "int8":
         pool.center_keys(model)
-    setattr(model, POOL, pool)
+    setattr(model, memory.KV_POOL, pool)
     model.__class__ = generating_class(original(type(model)))
     return held
 
@@ -108,7 +108,7 @@ def _prepare_cache(
     )
     longest = max_cache_length
     lengths = longest, *_prefill(generation_config, model_kwargs, generation_mode, longest)
-    pool = self.__dict__.get(POOL)
+    pool = self.__dict__.get(memory.KV_POOL)
     if pool is not None:
         pages = rows * pages_needed(pool.config, pool.page_size, *lengths)
         pool.require(pages, f"generating {rows} sequences of up to {longest} tokens")

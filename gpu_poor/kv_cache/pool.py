@@ -16,8 +16,6 @@ FORMATS = {
     "fp16": torch.float16,
     "int8": torch.int8,
 }
-#: Where a model keeps the pool that use_paged_kv_cache_if_available made.
-POOL = "_gp_kv_pool"
 #: Without kv_memory the arena may grow to this share of what is available when it is made.
 SHARE_OF_AVAILABLE = 0.8
 #: Sequences and tokens of each that the mean of the keys is taken of.
