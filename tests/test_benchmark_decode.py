@@ -37,7 +37,7 @@ class Stream:
 
     bytes = 1 << 20
 
-    def gb_s(self) -> float:
+    def best(self) -> float:
         return 10.0
 
 
