@@ -15,7 +15,6 @@ from gpu_poor.fusion.architectures import ARCHITECTURES, DECODERS
 from gpu_poor.fusion.binding import architecture_of, original
 from gpu_poor.fusion.blocks import BINDING, LAST, binding_of, fused_class
 from gpu_poor.fusion.decoders import (
-    FEW_TOKENS,
     decoder_binding_of,
     decoder_class,
     decoder_of,
@@ -97,7 +96,7 @@ class Explanation:
 
     model: str
     blocks: list[Path] = field(default_factory=list)
-    #: Steps of few tokens through all blocks in one call, of each decoder in the model.
+    #: Steps through all blocks in one call, of each decoder in the model.
     steps: list[Path] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -108,7 +107,7 @@ class Explanation:
             names = same[0].name if len(same) == 1 else f"{same[0].name} to {same[-1].name}"
             lines.append(f"  {names}: {same[0]}")
         for step in self.steps:
-            how = f"one call for all blocks, up to {FEW_TOKENS} tokens" if step.fused else step
+            how = "one call for all blocks, on a cache in pages" if step.fused else step
             last = f"; the last call: {step.last_call}" if step.fused and step.last_call else ""
             lines.append(f"  steps of {step.name or 'the model'}: {how}{last}")
         if not self.blocks:
