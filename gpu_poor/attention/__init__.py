@@ -15,7 +15,7 @@ from gpu_poor import _needs_transformers, memory
 from gpu_poor.attention.interface import Call, attention_function
 from gpu_poor.attention.lsh import use_lsh_attention
 from gpu_poor.attention.multi_query import convert_to_multi_query
-from gpu_poor.modules import evaluating, unwrap
+from gpu_poor.modules import checked, evaluating
 
 with _needs_transformers("gpu_poor.attention"):
     from transformers import PreTrainedModel
@@ -175,7 +175,7 @@ def use_flash_attention_if_available(model: nn.Module) -> nn.Module:
     A model whose attention it can't be (softcapping, sinks, biases of positions) is returned as it
     was, with a warning that says why.
     """
-    held, model = model, unwrap(model)
+    held, model = model, checked(model, "use_flash_attention_if_available")
     reason = unsuitable(model)
     if reason is None and model.config._attn_implementation != NAME:
         own = model.config._attn_implementation

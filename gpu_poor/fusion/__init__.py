@@ -20,7 +20,7 @@ from gpu_poor.fusion.decoders import (
     decoder_of,
 )
 from gpu_poor.memory import KV_POOL
-from gpu_poor.modules import unwrap
+from gpu_poor.modules import checked
 
 __all__ = ["ARCHITECTURES", "Explanation", "Path", "explain", "fuse", "unfuse"]
 
@@ -47,7 +47,7 @@ def fuse(model: nn.Module) -> nn.Module:
     Returns:
         The same model. :func:`explain` says what came of it, :func:`unfuse` undoes it.
     """
-    inner = _checked(model, "fuse")
+    inner = checked(model, "fuse")
     blocks = [m for m in inner.modules() if architecture_of(m) is not None]
     for module in inner.modules():
         cls = type(module)
@@ -64,7 +64,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     A cache that ``use_paged_kv_cache_if_available`` has set up stays.
     """
-    for module in _checked(model, "unfuse").modules():
+    for module in checked(model, "unfuse").modules():
         if original(type(module)) is not type(module) and KV_POOL not in module.__dict__:
             module.__class__ = original(type(module))
             for name in (BINDING, LAST):
@@ -118,7 +118,7 @@ class Explanation:
 
 def explain(model: nn.Module) -> Explanation:
     """Which path each known decoder block takes now, and why; with what the last call met."""
-    model = _checked(model, "explain")
+    model = checked(model, "explain")
     result = Explanation(original(type(model)).__name__)
     for name, module in model.named_modules():
         if architecture_of(module) is not None:
@@ -126,14 +126,6 @@ def explain(model: nn.Module) -> Explanation:
         elif decoder_of(module) is not None:
             result.steps.append(_path(name, module, decoder_binding_of))
     return result
-
-
-def _checked(model, function: str) -> nn.Module:
-    """The model, or the one that a QuantizedModel holds."""
-    model = unwrap(model)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function} takes a model, got {type(model).__name__}")
-    return model
 
 
 def _path(name: str, module: nn.Module, bound) -> Path:
