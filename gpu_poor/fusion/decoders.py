@@ -28,8 +28,9 @@ from gpu_poor.fusion.blocks import (
 from gpu_poor.fusion.company import follow
 
 #: Tokens of all sequences that go through the blocks at a time: more cost memory, and an interrupt
-#: has to wait for them. No bit depends on it.
-SLICE = 1024
+#: has to wait for them. No bit depends on it. A prompt of 1000 tokens, GPT-2-large's shape: 2.76 s
+#: with 256, 2.55 with 512, 2.56 with 1024.
+SLICE = 512
 #: Arguments that a step knows.
 _KNOWN = {
     "input_ids",
