@@ -61,6 +61,21 @@ GP_INLINE uint16_t gp_float_to_f16(float x)
     return (uint16_t)(sign | ((rest + 0xfffu + (rest >> 13 & 1) - 0x38000000u) >> 13));
 }
 
+/* What a row of so large a magnitude, given as bits, is quantized by: x = q * scale, q = rint(x * inverse),
+ * |q| <= q_max. inverse is 0, and so is every q, of a row of zeros, whose scale is 0, and of one with what is
+ * no finite number, whose scale is NaN. As integers, magnitudes order like floats, infinity above them and NaN
+ * above infinity. */
+typedef struct {
+    float scale, inverse;
+} gp_grid;
+
+GP_INLINE gp_grid gp_grid_of(uint32_t absmax, float q_max)
+{
+    const float top = gp_from_bits(absmax);
+    if (absmax >= 0x7f800000u) return (gp_grid){__builtin_nanf(""), 0};
+    return top > GP_TINY ? (gp_grid){top / q_max, q_max / top} : (gp_grid){0, 0};
+}
+
 /* The int8 of a 16-bit fixed point weight under a clip: fixed * (128 + clip) / 2^15, half up (what
  * vpmulhrsw does), saturated. */
 GP_INLINE int32_t gp_clipped(int16_t fixed, int clip)

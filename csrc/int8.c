@@ -9,7 +9,6 @@
 
 #include "common.h"
 
-/* As integers, magnitudes order like floats, infinity above them and NaN above infinity. */
 static uint32_t absmax_bits(const void *x, gp_dtype type, int64_t K)
 {
     uint32_t bits = 0;
@@ -23,19 +22,11 @@ static uint32_t absmax_bits(const void *x, gp_dtype type, int64_t K)
 static float int8_quantize_row_ref(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
                                    int64_t stride, int32_t *sum)
 {
-    uint32_t bits = absmax_bits(x, type, K);
-    float absmax = gp_from_bits(bits), scale = 0, inverse = 0;
-    int live = bits < 0x7f800000u && absmax > GP_TINY;
-    if (live) {
-        scale = absmax / GP_Q_MAX(planes);
-        inverse = GP_Q_MAX(planes) / absmax;
-    } else if (bits >= 0x7f800000u) {
-        scale = NAN;
-    }
+    const gp_grid grid = gp_grid_of(absmax_bits(x, type, K), GP_Q_MAX(planes));
     for (int p = 0; p < planes; p++) sum[p] = 0;
     for (int64_t k = 0; k < K; k++) {
         /* |x * inverse| <= q_max (1 + 2^-23)^2 rounds to at most q_max: no clamp */
-        int32_t v = live ? (int32_t)rintf(gp_load(x, type, k) * inverse) : 0;
+        int32_t v = grid.inverse ? (int32_t)rintf(gp_load(x, type, k) * grid.inverse) : 0;
         if (planes == 2) {
             /* A tie (v = 254 h + 127) may round either way, both leave |low| = 127. */
             int32_t high = (int32_t)rintf((float)v * (1.0f / 254.0f));
@@ -47,7 +38,7 @@ static float int8_quantize_row_ref(const void *x, gp_dtype type, int64_t K, int 
         }
         sum[0] += q[k];
     }
-    return scale;
+    return grid.scale;
 }
 
 /* Weights: the same grid q * scale, but the scale of least squared error. For a grid point vector q
@@ -59,14 +50,13 @@ static float int8_quantize_row_ref(const void *x, gp_dtype type, int64_t K, int 
 static float int8_quantize_weight_row_ref(const void *x, gp_dtype type, int64_t K, int8_t *q,
                                           int16_t *fixed)
 {
-    uint32_t bits = absmax_bits(x, type, K);
-    float absmax = gp_from_bits(bits);
-    if (bits >= 0x7f800000u || absmax <= GP_TINY) {
+    const uint32_t absmax = absmax_bits(x, type, K);
+    const gp_grid grid = gp_grid_of(absmax, GP_FIXED_MAX);
+    if (!grid.inverse) {
         memset(q, 0, (size_t)K);
-        return bits >= 0x7f800000u ? NAN : 0.0f;
+        return grid.scale;
     }
-    float inverse = GP_FIXED_MAX / absmax;
-    for (int64_t k = 0; k < K; k++) fixed[k] = (int16_t)rintf(gp_load(x, type, k) * inverse);
+    for (int64_t k = 0; k < K; k++) fixed[k] = (int16_t)rintf(gp_load(x, type, k) * grid.inverse);
     double best = -1, best_ratio = 0;
     int best_clip = 0;
     for (int clip = 0; clip < GP_CLIPS; clip++) {
@@ -79,7 +69,7 @@ static float int8_quantize_weight_row_ref(const void *x, gp_dtype type, int64_t 
         gp_choose_clip(xq, qq, clip, &best, &best_ratio, &best_clip);
     }
     for (int64_t k = 0; k < K; k++) q[k] = (int8_t)gp_clipped(fixed[k], best_clip);
-    return (float)(best_ratio * (double)absmax / (double)GP_FIXED_MAX);
+    return (float)(best_ratio * (double)gp_from_bits(absmax) / (double)GP_FIXED_MAX);
 }
 
 static int64_t dot(const int8_t *a, const int8_t *b, int64_t K)

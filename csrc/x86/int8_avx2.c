@@ -41,20 +41,12 @@ INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, i
                           int64_t stride, int32_t *sum)
 {
     const int64_t K8 = K / 8 * 8;
-    uint32_t bits = absmax_bits(x, type, K);
-    float absmax = gp_from_bits(bits), scale = 0, inverse = 0;
-    int live = bits < 0x7f800000u && absmax > GP_TINY;
-    if (live) {
-        scale = absmax / GP_Q_MAX(planes);
-        inverse = GP_Q_MAX(planes) / absmax;
-    } else if (bits >= 0x7f800000u) {
-        scale = NAN;
-    }
-    const __m256i keep = _mm256_set1_epi32(live ? -1 : 0);
+    const gp_grid grid = gp_grid_of(absmax_bits(x, type, K), GP_Q_MAX(planes));
+    const __m256i keep = _mm256_set1_epi32(grid.inverse ? -1 : 0);
     __m256i sum0 = _mm256_setzero_si256(), sum1 = sum0;
     for (int64_t k = 0; k < K; k += 8) {
         __m256 v = k < K8 ? load8(x, type, k) : load_tail(x, type, k, K - k);
-        __m256i r = _mm256_cvtps_epi32(_mm256_mul_ps(v, _mm256_set1_ps(inverse)));
+        __m256i r = _mm256_cvtps_epi32(_mm256_mul_ps(v, _mm256_set1_ps(grid.inverse)));
         r = _mm256_and_si256(r, keep);
         if (planes == 2) {
             __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(r), _mm256_set1_ps(1.0f / 254.0f));
@@ -69,7 +61,7 @@ INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, i
     }
     sum[0] = add_lanes(sum0);
     if (planes == 2) sum[1] = add_lanes(sum1);
-    return scale;
+    return grid.scale;
 }
 
 TARGET static float int8_quantize_row_avx2(const void *x, gp_dtype type, int64_t K, int planes,
@@ -114,13 +106,13 @@ INLINE float quantize_weight_row(const void *x, gp_dtype type, int64_t K, int8_t
                                  int16_t *fixed)
 {
     const int64_t K8 = K / 8 * 8;
-    uint32_t bits = absmax_bits(x, type, K);
-    float absmax = gp_from_bits(bits);
-    if (bits >= 0x7f800000u || absmax <= GP_TINY) {
+    const uint32_t absmax = absmax_bits(x, type, K);
+    const gp_grid grid = gp_grid_of(absmax, GP_FIXED_MAX);
+    if (!grid.inverse) {
         memset(q, 0, (size_t)K);
-        return bits >= 0x7f800000u ? NAN : 0.0f;
+        return grid.scale;
     }
-    const __m256 inverse = _mm256_set1_ps(GP_FIXED_MAX / absmax);
+    const __m256 inverse = _mm256_set1_ps(grid.inverse);
     for (int64_t k = 0; k < K; k += 8) {
         __m256 v = k < K8 ? load8(x, type, k) : load_tail(x, type, k, K - k);
         __m256i r = _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse));
@@ -149,7 +141,7 @@ INLINE float quantize_weight_row(const void *x, gp_dtype type, int64_t K, int8_t
         __m128i b = _mm_packs_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
         memcpy(q + k, &b, (size_t)gp_min(K - k, 16));
     }
-    return (float)(best_ratio * (double)absmax / (double)GP_FIXED_MAX);
+    return (float)(best_ratio * (double)gp_from_bits(absmax) / (double)GP_FIXED_MAX);
 }
 
 TARGET static float int8_quantize_weight_row_avx2(const void *x, gp_dtype type, int64_t K,

@@ -32,21 +32,12 @@ INLINE uint32_t absmax_bits(const void *x, gp_dtype type, int64_t K)
 INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, int8_t *q,
                           int64_t stride, int32_t *sum)
 {
-    uint32_t bits = absmax_bits(x, type, K);
-    float absmax = gp_from_bits(bits), scale = 0, inverse = 0;
-    __m512i keep = _mm512_set1_epi32(-1); /* zeroes every q of a row that is not live */
-    if (bits < 0x7f800000u && absmax > GP_TINY) {
-        scale = absmax / GP_Q_MAX(planes);
-        inverse = GP_Q_MAX(planes) / absmax;
-    } else {
-        if (bits >= 0x7f800000u) scale = NAN;
-        keep = _mm512_setzero_si512();
-    }
-    __mmask16 live = _mm512_test_epi32_mask(keep, keep);
+    const gp_grid grid = gp_grid_of(absmax_bits(x, type, K), GP_Q_MAX(planes));
+    const __mmask16 live = grid.inverse ? 0xffff : 0;
     __m512i sum0 = _mm512_setzero_si512(), sum1 = sum0;
     for (int64_t k = 0; k < K; k += 16) {
         __mmask16 mask = tail_mask(K - k);
-        __m512 v = _mm512_mul_ps(load16(x, type, k, mask), _mm512_set1_ps(inverse));
+        __m512 v = _mm512_mul_ps(load16(x, type, k, mask), _mm512_set1_ps(grid.inverse));
         __m512i r = _mm512_maskz_cvtps_epi32(live, v);
         if (planes == 2) {
             __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(r), _mm512_set1_ps(1.0f / 254.0f));
@@ -61,7 +52,7 @@ INLINE float quantize_row(const void *x, gp_dtype type, int64_t K, int planes, i
     }
     sum[0] = _mm512_reduce_add_epi32(sum0);
     if (planes == 2) sum[1] = _mm512_reduce_add_epi32(sum1);
-    return scale;
+    return grid.scale;
 }
 
 TARGET static float int8_quantize_row_avx512_vnni(const void *x, gp_dtype type, int64_t K,
@@ -89,13 +80,13 @@ INLINE __m512i clipped(__m512i fixed, int clip)
 INLINE float quantize_weight_row(const void *x, gp_dtype type, int64_t K, int8_t *q,
                                  int16_t *fixed)
 {
-    uint32_t bits = absmax_bits(x, type, K);
-    float absmax = gp_from_bits(bits);
-    if (bits >= 0x7f800000u || absmax <= GP_TINY) {
+    const uint32_t absmax = absmax_bits(x, type, K);
+    const gp_grid grid = gp_grid_of(absmax, GP_FIXED_MAX);
+    if (!grid.inverse) {
         memset(q, 0, (size_t)K);
-        return bits >= 0x7f800000u ? NAN : 0.0f;
+        return grid.scale;
     }
-    const __m512 inverse = _mm512_set1_ps(GP_FIXED_MAX / absmax);
+    const __m512 inverse = _mm512_set1_ps(grid.inverse);
     for (int64_t k = 0; k < K; k += 16) {
         __mmask16 mask = tail_mask(K - k);
         __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(load16(x, type, k, mask), inverse));
@@ -126,7 +117,7 @@ INLINE float quantize_weight_row(const void *x, gp_dtype type, int64_t K, int8_t
         __m512i v = clipped(_mm512_maskz_loadu_epi16(mask, fixed + k), best_clip);
         _mm256_mask_storeu_epi8(q + k, mask, _mm512_cvtepi16_epi8(v));
     }
-    return (float)(best_ratio * (double)absmax / (double)GP_FIXED_MAX);
+    return (float)(best_ratio * (double)gp_from_bits(absmax) / (double)GP_FIXED_MAX);
 }
 
 TARGET static float int8_quantize_weight_row_avx512(const void *x, gp_dtype type, int64_t K,
