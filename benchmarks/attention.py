@@ -1,10 +1,12 @@
-"""Decode attention over keys and values in pages, against torch's; and what the cache takes.
+"""Attention over keys and values in pages, against torch's; and what the cache takes.
 
-``python -m benchmarks.attention [--lengths 1024 8192 32768] [--quick]``. One new token, as in each
-layer of a model: the copies of keys and values taken in turn are the layers of one pool, more than
-any cache holds, and a sample goes over all of them once. Pages are scattered, as after some use.
+``python -m benchmarks.attention [--lengths 1024 8192 32768] [--quick]``. Decode: one new
+token, as in each layer of a model: the copies of keys and values taken in turn are the layers of
+one pool, more than any cache holds, and a sample goes over all of them once. Pages are scattered,
+as after some use.
 Between the rounds the read stream of machine.c passes; shares are of its best in the same round.
 Each format is first compared with attention in float64 of the same stored numbers.
+Prompts: all tokens are new, of one layer; what is multiplied is half a square.
 Memory: anonymous bytes that a cache of 8192 tokens adds to a process of its own.
 """
 
@@ -31,6 +33,8 @@ from gpu_poor.kv_cache import FORMATS, PagedKVCache, PagePool
 #: (query heads, heads of keys and values, head dim): of Llama-3-8B, and of TinyLlama.
 HEADS = ((32, 8, 128), (32, 4, 64))
 LENGTHS = (1024, 8192, 32768)
+#: And of GPT-2 large, for prompts.
+PROMPT_HEADS, PROMPTS = ((20, 20, 64), *HEADS), (512, 2048)
 SDPA = {"SDPA fp32": torch.float32, "SDPA bf16": torch.bfloat16}
 #: All copies together have so many bytes at least, and so many times the L3 cache.
 COLD_BYTES, COLD_CACHES = 256 << 20, 4
@@ -87,14 +91,17 @@ def paged(cache: PagedKVCache, q: Tensor, i: int) -> Tensor:
 def verify(name: str, cache: PagedKVCache, q: Tensor) -> float:
     """The difference of the last layer from float64 over the same stored numbers.
 
+    Of one token, or of all that are stored.
+
     Raises:
         RuntimeError: it is more than rounding.
     """
     i, layer = len(cache.layers) - 1, cache.layers[-1]
     k, v = ops.paged_gather(layer.pages, layer.scales, cache.block_table, layer.stored)
     y = F.scaled_dot_product_attention(
-        q.double().transpose(1, 2), k.double(), v.double(), enable_gqa=True
-    ).transpose(1, 2)
+        q.double().transpose(1, 2), k.double(), v.double(),
+        is_causal=q.shape[1] > 1, enable_gqa=True,
+    ).transpose(1, 2)  # fmt: skip
     error = float((paged(cache, q, i) - y).abs().max() / y.abs().max())
     if not error <= (TOLERANCE_INT8 if name == "int8" else TOLERANCE):
         raise RuntimeError(f"{name}: {error:.1e} of the largest output away from float64")
@@ -150,6 +157,37 @@ def speed(heads: tuple, length: int, stream: machine.Stream, rounds: int) -> lis
             "over_sdpa_fp32": timing.summary(timing.ratios(per_call["SDPA fp32"], seconds)),
         })  # fmt: skip
     return rows
+
+
+# -- prompts -----------------------------------------------------------------------------------
+
+
+def prompts(heads: tuple[int, int, int], tokens: int, rounds: int) -> list[dict]:
+    """Rows of one shape and length, causal."""
+    n_heads, kv_heads, d = heads
+    q, k, v = (torch.randn(1, tokens, n, d) for n in (n_heads, kv_heads, kv_heads))
+    calls, errors = {}, {}
+    for form in FORMATS:
+        cache = PagedKVCache(config(1, *heads), format=form, kv_memory="1GB")
+        fill(cache, k.transpose(1, 2), v.transpose(1, 2), 1)
+        calls[f"pages {form}"] = lambda cache=cache: paged(cache, q, 0)
+        errors[f"pages {form}"] = verify(form, cache, q)
+    for name, dtype in SDPA.items():
+        inputs = [t.transpose(1, 2).to(dtype) for t in (q, k, v)]
+        calls[name] = lambda inputs=inputs: F.scaled_dot_product_attention(
+            *inputs, is_causal=True, enable_gqa=True
+        )
+    samples = timing.interleave(calls, rounds)
+    flops = 2 * n_heads * d * tokens * (tokens + 1)
+    return [
+        {
+            "name": name, "heads": n_heads, "kv_heads": kv_heads, "head_dim": d, "tokens": tokens,
+            "seconds": timing.summary(seconds),
+            "gflop_s": timing.summary([flops / s / 1e9 for s in seconds])["median"],
+            "over_sdpa_fp32": timing.summary(timing.ratios(samples["SDPA fp32"], seconds)),
+        } | ({"error": errors[name]} if name in errors else {})
+        for name, seconds in samples.items()
+    ]  # fmt: skip
 
 
 # -- memory ------------------------------------------------------------------------------------
@@ -245,7 +283,15 @@ def main(argv: list[str] | None = None) -> int:
                       + f"{1e6 * row['seconds']['median']:.0f} us, {row['gb_s']:.1f} GB/s, "
                       f"{row['of_stream']['median']:.1%} of the stream, "
                       f"{row['over_sdpa_fp32']['median']:.2f} x SDPA fp32", flush=True)  # fmt: skip
-    del stream
+        del stream
+        record["prompts"] = []
+        for heads, tokens in itertools.product(PROMPT_HEADS, PROMPTS[: 1 if args.quick else None]):
+            for row in prompts(heads, tokens, args.rounds):
+                record["prompts"].append(row)
+                print("{heads}/{kv_heads} heads of {head_dim}, a prompt of {tokens}, {name}: "
+                      .format(**row) + f"{1e3 * row['seconds']['median']:.2f} ms, "
+                      f"{row['gflop_s']:.0f} GFLOP/s, "
+                      f"{row['over_sdpa_fp32']['median']:.2f} x SDPA fp32", flush=True)  # fmt: skip
     record["memory"] = memory(args.quick)
     for row in record["memory"]:
         print("{name}, heads of {head_dim}: ".format(**row) + f"{row['rss'] / 1e6:.1f} MB for "

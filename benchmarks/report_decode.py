@@ -19,6 +19,20 @@ def attention(record: dict | None) -> str:
                   "of the stream", "x SDPA fp32", "error"], rows)  # fmt: skip
 
 
+def prompts(record: dict | None) -> str:
+    """Attention of whole prompts."""
+    if not record or "prompts" not in record:
+        return NOT_YET
+    rows = [
+        [f"{r['heads']} / {r['kv_heads']} x {r['head_dim']}", f"{r['tokens']}", r["name"],
+         f"{1e3 * r['seconds']['median']:.2f}", f"{r['gflop_s']:.0f}",
+         times(r["over_sdpa_fp32"]["median"]), f"{r['error']:.0e}" if "error" in r else None]
+        for r in record["prompts"]
+    ]  # fmt: skip
+    return table(["heads / of keys x dim", "tokens", "keys and values", "ms", "GFLOP/s",
+                  "x SDPA fp32", "error"], rows)  # fmt: skip
+
+
 def cache_memory(record: dict | None) -> str:
     """What a cache adds to its process."""
     if not record:
@@ -120,6 +134,8 @@ def sections(records: dict, plot: str) -> str:
         "Decode attention": "One token; keys and values of many layers in turn, more than any "
         "cache holds; error against float64 over the same stored numbers.\n\n"
         + attention(records["attention"]),
+        "Attention of a prompt": "One layer, causal; the error as above.\n\n"
+        + prompts(records["attention"]),
         "Memory of the cache": "Anonymous memory that a cache adds to a process.\n\n"
         + cache_memory(records["attention"]),
         "AVX2 alone": "gpu-poor with GPU_POOR_ISA=avx2, torch and its libraries held to AVX2 too, "

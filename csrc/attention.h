@@ -66,19 +66,38 @@ GP_INLINE gp_word_grid gp_grid_of_words(uint32_t absmax)
 static_assert(GP_CHUNK <= GP_HEAD_DIM_MAX && 128LL * 32767 * GP_HEAD_DIM_MAX <= INT32_MAX,
               "sums of 16 bits times 8 are exact in int32");
 
-/* The `attend_combine` of every instruction set: sums over d in vectors, whose lanes never meet. */
-GP_INLINE void gp_attend_combine(const float *partial, int64_t n, int64_t stride, int64_t D, float *out)
+/* What is left of a row that has seen nothing. */
+GP_INLINE void gp_saw_nothing(float *partial, int64_t D)
 {
-    float m = -INFINITY, sum = 0;
-    for (int64_t i = 0; i < n; i++) m = partial[i * stride + D] > m ? partial[i * stride + D] : m;
-    for (int64_t d = 0; d < D; d++) out[d] = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const float *part = partial + i * stride, w = gp_exp2(part[D] - m);
-        sum = __builtin_fmaf(w, part[D + 1], sum);
-        for (int64_t d = 0; d < D; d++) out[d] = __builtin_fmaf(w, part[d], out[d]);
+    for (int64_t d = 0; d < D; d++) partial[d] = 0;
+    partial[D] = -INFINITY, partial[D + 1] = 0;
+}
+
+/* The `attend_merge` and `attend_finish` of every instruction set: over d in vectors, whose lanes never meet.
+ * A sum of p is at least 1, or a NaN, of a row that has seen something. */
+GP_INLINE void gp_attend_merge(float *partial, const float *more, int64_t rows, int64_t D)
+{
+    for (int64_t r = 0; r < rows; r++, partial += GP_PARTIAL(D), more += GP_PARTIAL(D)) {
+        const int lower = more[D] <= partial[D];
+        const float w = gp_exp2(lower ? more[D] - partial[D] : partial[D] - more[D]);
+        if (more[D + 1] == 0) continue;
+        if (lower) {
+            for (int64_t d = 0; d < D; d++) partial[d] = __builtin_fmaf(w, more[d], partial[d]);
+            partial[D + 1] = __builtin_fmaf(w, more[D + 1], partial[D + 1]);
+        } else {
+            for (int64_t d = 0; d < D; d++) partial[d] = __builtin_fmaf(w, partial[d], more[d]);
+            partial[D + 1] = __builtin_fmaf(w, partial[D + 1], more[D + 1]);
+            partial[D] = more[D];
+        }
     }
-    const float inverse = n ? 1 / sum : 0;
-    for (int64_t d = 0; d < D; d++) out[d] *= inverse;
+}
+
+GP_INLINE void gp_attend_finish(const float *partial, int64_t rows, int64_t D, float *out)
+{
+    for (int64_t r = 0; r < rows; r++, partial += GP_PARTIAL(D), out += D) {
+        const float inverse = partial[D + 1] == 0 ? 0 : 1 / partial[D + 1];
+        for (int64_t d = 0; d < D; d++) out[d] = partial[d] * inverse;
+    }
 }
 
 /* Scales that an int8 row may have: the float16 number nearest to absmax / 127, and those 4, 8, ... 60

@@ -12,6 +12,7 @@
 #define GP_INLINE static inline __attribute__((always_inline))
 
 GP_INLINE int64_t gp_min(int64_t a, int64_t b) { return a < b ? a : b; }
+GP_INLINE int64_t gp_max(int64_t a, int64_t b) { return a > b ? a : b; }
 GP_INLINE int64_t gp_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 GP_INLINE uint32_t gp_bits(float x)

@@ -177,22 +177,31 @@ typedef struct {
     int64_t scale_stride;
 } gp_pages;
 
-/* Attention of `rows` query heads, which share kv_head, over slots [begin, end), at most GP_CHUNK of
- * them. What it leaves of each row is combined with the other chunks' by attend_combine:
+/* Slots [begin, end). */
+typedef struct {
+    int64_t begin, end;
+} gp_span;
+
+/* Attention of some tokens' query heads, which share kv_head, over what each token sees of a chunk: slots
+ * [from, from + GP_CHUNK). What it leaves of each row, one query head of one token, attend_merge joins with
+ * the other chunks':
  *     partial[row][0 .. D - 1] = sum over t of w[t] v[t]
  *     partial[row][D]          = m = max of s[t]
  *     partial[row][D + 1]      = sum of p[t]
- * csrc/attention.c fixes the order of every sum of floats, and int8 rows are summed as integers, so all
- * instruction sets give the same bits. */
+ * and 0, -infinity, 0 of a token that sees nothing. csrc/attention.c fixes the order of every sum of floats,
+ * and int8 rows are summed as integers, so all instruction sets give the same bits, and a token gets the same
+ * whichever others come with it. */
 typedef struct {
     const gp_pages *pages;
     const int32_t *table;
-    int64_t kv_head, rows;
-    const float *q; /* [rows][D] */
-    float scale;    /* of the softmax, times log2 e */
-    int64_t begin, end;
-    int64_t limit;  /* slots of the sequence: what may be fetched ahead */
-    float *partial; /* [rows][GP_PARTIAL(D)] */
+    int64_t kv_head, tokens, heads;
+    const float *q;   /* [tokens][heads][D] */
+    int64_t q_stride; /* from token to token */
+    float scale;      /* of the softmax, times log2 e */
+    int64_t from;
+    const gp_span *seen; /* [tokens], within the chunk: neither begins nor ends fall */
+    int64_t limit;       /* slots of the sequence: what may be fetched ahead */
+    float *partial;      /* [tokens][heads][GP_PARTIAL(D)] */
 } gp_attend;
 
 /* x[M][K] of a Gram matrix comes in panels of so many columns, so that what a tile reads lies together:
@@ -267,9 +276,10 @@ typedef struct {
      * NaN or infinity and zeros where that is what it is. */                                       \
     X(page_store_row, uint16_t, (const float *x, int64_t D, gp_dtype type, void *y))              \
     X(attend_chunk, void, (const gp_attend *a))                                                   \
-    /* out[D] from n >= 0 partials of a row, `stride` floats apart, in their order; zeros if n = 0. */ \
-    X(attend_combine, void,                                                                       \
-      (const float *partial, int64_t n, int64_t stride, int64_t D, float *out))
+    /* partial[rows][GP_PARTIAL(D)] as if it had seen what `more` saw as well. */                \
+    X(attend_merge, void, (float *partial, const float *more, int64_t rows, int64_t D))           \
+    /* out[rows][D]; zeros where nothing was seen. */                                             \
+    X(attend_finish, void, (const float *partial, int64_t rows, int64_t D, float *out))
 
 typedef struct {
     const char *name; /* the ISA: ref, avx2, avx512_vnni, amx */

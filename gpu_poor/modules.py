@@ -21,6 +21,18 @@ def unwrap(model: "nn.Module | Holder") -> nn.Module:
     return model.model if isinstance(model, Holder) else model
 
 
+def checked(model, function: str) -> nn.Module:
+    """:func:`unwrap` of what must be a model.
+
+    Raises:
+        TypeError: it isn't one; the message says what ``function`` takes.
+    """
+    model = unwrap(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} takes a model, got {type(model).__name__}")
+    return model
+
+
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule ``name``."""
     parent, _, child = name.rpartition(".")

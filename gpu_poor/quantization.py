@@ -44,7 +44,7 @@ class QuantizedModel(Holder):
     """A quantized causal LM and its tokenizer.
 
     What is not defined here is the model's own: ``model.config``, ``model.parameters()`` and all
-    the rest. Functions of gpu_poor that take a model take this too (gpu_poor.modules.unwrap).
+    the rest. Functions of gpu_poor that take a model take this too (gpu_poor.modules.checked).
 
     Args:
         model: a transformers model that :func:`gpu_poor.quantize` or

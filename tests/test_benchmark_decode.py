@@ -91,11 +91,25 @@ def test_attention_goes_over_all_copies_and_counts_the_bytes_it_reads(small, mon
     json.dumps(rows)
 
 
+def test_attention_of_prompts(small):
+    rows = attention.prompts(HEADS, 40, rounds=1)
+    assert [row["name"] for row in rows] == [
+        *(f"pages {form}" for form in attention.FORMATS), *attention.SDPA
+    ]  # fmt: skip
+    for row in rows:
+        seen = row["heads"] * 40 * 41 / 2  # pairs, of 2 D products and sums each for q k and w v
+        rate = 4 * row["head_dim"] * seen / row["seconds"]["median"] / 1e9
+        assert row["gflop_s"] == pytest.approx(rate)
+        assert ("error" in row) == row["name"].startswith("pages")
+    assert "| pages int8 |" in report_decode.prompts({"prompts": rows})
+
+
 def test_attention_that_is_wrong_is_not_timed(small, monkeypatch):
     right = ops.paged_attention
     monkeypatch.setattr(ops, "paged_attention", lambda *a: 1.001 * right(*a))
-    with pytest.raises(RuntimeError, match="away from float64"):
-        attention.contenders(HEADS, 40)
+    for measure in (attention.contenders, lambda *shape: attention.prompts(*shape, rounds=1)):
+        with pytest.raises(RuntimeError, match="away from float64"):
+            measure(HEADS, 40)
 
 
 @pytest.mark.parametrize("kind", ["pages int8", "dynamic fp16"])

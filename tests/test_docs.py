@@ -49,13 +49,32 @@ def test_readme_code_runs_on_the_architecture_that_it_names(tmp_path, monkeypatc
     run_readme(tmp_path, "gpt2")
 
 
+def run_page(name: str, session: dict) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S):
+        exec(compile(block, f"{name}.md", "exec"), session)
+
+
+def test_code_of_the_pages_on_decoding_runs(capsys):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets.STORIES260K)
+    longer_ids = tokenizer(assets.valid_text()[:1000], return_tensors="pt").input_ids[:, :200]
+    session = {
+        "model": transformers.AutoModelForCausalLM.from_pretrained(assets.STORIES260K),
+        "quantize": gpu_poor.quantize, "gpu_poor": gpu_poor,
+        "ids": longer_ids[:, :150], "longer_ids": longer_ids,
+    }  # fmt: skip
+    run_page("fusion", session)
+    assert "5 of 5 known decoder blocks fused" in capsys.readouterr().out
+    run_page("kv_cache", session)
+    assert session["cache"].get_seq_length() > 150
+    assert session["other"].sequences.rows[0][:2] == session["cache"].sequences.rows[0][:2]
+
+
 def test_code_of_the_attention_page_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
-    session = {"name": assets.STORIES260K, "text": assets.valid_text()[:6000]}
-    for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S):
-        exec(compile(block, "attention.md", "exec"), session)
+    run_page("attention", {"name": assets.STORIES260K, "text": assets.valid_text()[:6000]})
     out = capsys.readouterr().out
     assert "4 key/value heads are 1 now" in out and "hashed, ratio 1.00" in out
     assert "Python between" in out and (tmp_path / "profile.json").exists()

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import gpu_poor
-from gpu_poor import explain, fuse, isa, quantize, unfuse
-from gpu_poor.fusion import ARCHITECTURES
+from gpu_poor import explain, fuse, isa, ops, quantize, unfuse
+from gpu_poor.fusion import ARCHITECTURES, decoders
 from gpu_poor.fusion.blocks import LAST
 
 transformers = pytest.importorskip("transformers")
@@ -182,18 +182,66 @@ def test_16_bit_models_keep_their_dtype(family, dtype):
     assert step_reason(model) is None
 
 
-def test_results_do_not_depend_on_threads_or_batch():
-    model, ids = make("llama"), tokens(4, 9)
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("form", ["fp32", "int8"])
+def test_bits_depend_on_the_sequence_only(family, form, monkeypatch):
+    """Not on threads, on the batch and its padding, or on how many tokens come at a time."""
+    model, ids, before = make(family), tokens(3, 40), torch.get_num_threads()
+    pool = PagePool(model, format=form, kv_memory="8MB", page_size=16)
+
+    @torch.no_grad()
+    def logits(ids, sizes, **options):
+        cache, parts, length = PagedKVCache(pool), [], 0
+        for size in sizes:
+            mask = options.get("mask", torch.ones_like(ids))[:, : length + size]
+            position = (mask.cumsum(1) - 1).clamp(min=0)[:, length:]
+            part = ids[:, length : length + size]
+            out = model(
+                part, attention_mask=mask, position_ids=position, past_key_values=cache
+            ).logits
+            assert step_reason(model) is None
+            parts.append(out)
+            length += size
+        return torch.cat(parts, 1)
+
+    want = logits(ids, [40])
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert_close(want, whole, 2e-2 if form == "int8" else TOLERANCE)
+    for sizes in ([1] * 40, [17, 1, 22], [8, 9, 7, 16]):
+        assert torch.equal(logits(ids, sizes), want), sizes
+    assert torch.equal(logits(ids[1:2], [39, 1]), want[1:2])
+    padded = torch.cat((ids[:, :21], ids), 1)
+    mask = torch.ones_like(padded)
+    mask[:, :21] = 0
+    monkeypatch.setattr(decoders, "SLICE", 3 * 13)
+    for sizes in ([61], [60, 1]):
+        assert torch.equal(logits(padded, sizes, mask=mask)[:, 21:], want)
     try:
         torch.set_num_threads(1)
-        alone = [generate(model, row[None])[1] for row in ids]
-        torch.set_num_threads(2)
-        together = generate(model, ids)[1]
+        assert torch.equal(logits(ids, [40]), want)
     finally:
         torch.set_num_threads(before)
-    for i, row in enumerate(alone):
-        assert_close(together[:, i], row[:, 0])
+
+
+def test_an_interrupted_step_leaves_the_cache_as_it_was(monkeypatch):
+    model, ids = make("llama"), tokens(1, 40)
+    cache, calls, step = PagedKVCache(model, format="int8", kv_memory="8MB"), [], ops.decoder_step
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with torch.no_grad():
+        want = model(ids, past_key_values=PagedKVCache(cache.pool)).logits
+        model(ids[:, :10], past_key_values=cache)
+        monkeypatch.setattr(decoders, "SLICE", 8)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ops, "decoder_step", interrupted)
+            model(ids[:, 10:], past_key_values=cache)
+        assert cache.get_seq_length() == 10
+        assert torch.equal(model(ids[:, 10:], past_key_values=cache).logits, want[:, 10:])
 
 
 # -- the model stays what it was ------------------------------------------------------------------
@@ -237,7 +285,7 @@ def test_copies_are_fused_and_independent(family, copied):
     want = generate(model, tokens(1, 5))[1]
     twin = copied(model)
     assert_close(generate(twin, tokens(1, 5))[1], want)
-    assert step_reason(twin) is None and reasons(twin) == {None}
+    assert step_reason(twin) is None and _eager_reason(twin) == {None}
     with torch.no_grad():
         for block in blocks(twin):
             for parameter in block.parameters():
@@ -559,7 +607,7 @@ def test_other_numbers_are_noticed(family):
             if "scaling" in vars(module):
                 module.scaling *= 10
     assert_close(generate(model, tokens(1, 9))[1][:3], generate(eager, tokens(1, 9))[1][:3])
-    assert step_reason(model) is None and reasons(model) == {None}
+    assert step_reason(model) is None and _eager_reason(model) == {None}
 
 
 def test_a_pruned_norm_is_no_parameter():

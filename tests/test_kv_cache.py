@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache  # no
 
 import gpu_poor  # noqa: E402
 from gpu_poor import attention, memory  # noqa: E402
+from gpu_poor.attention import use_flash_attention_if_available  # noqa: E402
 from gpu_poor.kv_cache import (  # noqa: E402
     PagedKVCache,
     PagePool,
@@ -321,6 +322,36 @@ def test_who_cannot_have_it_is_returned_as_it_was():
     with pytest.warns(UserWarning, match="keeps its own attention"):
         attention.use_flash_attention_if_available(make_model("bloom"))
     assert model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize("use", [use_paged_kv_cache_if_available, use_flash_attention_if_available])
+def test_what_is_no_model(use):
+    with pytest.raises(TypeError, match=f"{use.__name__} takes a model, got NoneType"):
+        use(None)
+
+
+def test_what_is_no_input_of_a_cache():
+    with pytest.raises(TypeError, match="made for a transformers model or its config, got None"):
+        PagedKVCache(None)
+    cache = PagedKVCache(paged("llama"))
+    for method in (cache.publish, cache.share_prefix):
+        with pytest.raises(ValueError, match=r"a tensor \[B, L\], got NoneType"):
+            method(None)
+        with pytest.raises(ValueError, match=r"a tensor \[B, L\], got \(3,\)"):
+            method(torch.arange(3))
+
+
+def test_gradients_of_queries_are_not_lost():
+    """Keys and values of pages have none, but what asks may, as a LoRA of q_proj does."""
+    plain, model, ids = make_model("llama"), paged("llama"), tokens(2, 20)
+    found = []
+    for m in (plain, model):
+        m.requires_grad_(False)
+        q = m.model.layers[1].self_attn.q_proj.weight.requires_grad_()
+        cache = PagedKVCache(model) if m is model else DynamicCache()
+        m(input_ids=ids, past_key_values=cache).logits.sum().backward()
+        found.append(q.grad)
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "qwen3"])

@@ -111,23 +111,24 @@ void append(const Pages &pages, const float *k, const float *v, int64_t stride, 
              });
 }
 
-/* Those that the first of the new tokens' window reaches, up to the last token. */
-Attention::Range Attention::chunks(const Pages &pages, int64_t b, int64_t T)
+/* Up to so many tokens are few, and a block is at least so many rows: what a chunk's keys and values are read
+ * for once, from the second cache. */
+constexpr int64_t kFewTokens = 8, kBlockRows = 64;
+
+Attention::Range Attention::chunks(const Pages &pages, int64_t b, int64_t first, int64_t n)
 {
-    const int64_t start = pages.start(b), length = pages.lengths[b];
-    const int64_t begin = pages.visible_from(b, length), end = length + T;
+    const int64_t start = pages.start(b), slot = pages.lengths[b] + first;
+    const int64_t begin = pages.visible_from(b, slot), end = slot + n;
     if (end <= begin) return {0, 0};
     return {(begin - start) / GP_CHUNK, (end - start + GP_CHUNK - 1) / GP_CHUNK};
 }
 
 size_t Attention::bytes(const Pages &pages, int64_t T, int64_t heads)
 {
+    if (T > kFewTokens) return 0;
     const int64_t kv_heads = pages.layer.kv_heads;
     int64_t chunks_of_all = 0;
-    for (int64_t b = 0; b < pages.batch; b++) {
-        const Range range = chunks(pages, b, T);
-        chunks_of_all += range.end - range.begin;
-    }
+    for (int64_t b = 0; b < pages.batch; b++) chunks_of_all += chunks(pages, b, 0, T).size();
     return Scratch::bytes<int64_t>(pages.batch + 1) +
            Scratch::bytes<std::atomic<int64_t>>(pages.batch * kv_heads) +
            Scratch::bytes<float>(chunks_of_all * T * heads * GP_PARTIAL(pages.layer.D));
@@ -136,22 +137,28 @@ size_t Attention::bytes(const Pages &pages, int64_t T, int64_t heads)
 Attention::Attention(const Pages &pages, const float *q, int64_t q_stride, int64_t T, int64_t heads,
                      float softmax_scale, float *out, int64_t out_stride, Scratch &scratch)
     : pages_(pages), q_(q), out_(out), q_stride_(q_stride), out_stride_(out_stride), T_(T),
-      rows_(heads / pages.layer.kv_heads), scale_(softmax_scale * static_cast<float>(M_LOG2E))
+      rows_(heads / pages.layer.kv_heads), scale_(softmax_scale * static_cast<float>(M_LOG2E)),
+      block_(std::max<int64_t>(1, kBlockRows / rows_)), blocks_((T + block_ - 1) / block_)
 {
+    if (T > kFewTokens) return;
     const int64_t kv_heads = pages.layer.kv_heads;
     first_ = scratch.take<int64_t>(pages.batch + 1);
     left_ = scratch.take<std::atomic<int64_t>>(pages.batch * kv_heads);
     first_[0] = 0;
     for (int64_t b = 0; b < pages.batch; b++) {
-        const Range range = chunks(pages, b, T);
-        const int64_t n = range.end - range.begin;
+        const int64_t n = chunks(b, 0, T).size();
         first_[b + 1] = first_[b] + kv_heads * n;
         for (int64_t g = 0; g < kv_heads; g++) {
             new (left_ + b * kv_heads + g) std::atomic<int64_t>(n);
-            if (n == 0) combine(b, g); /* nothing is visible: zeros */
+            if (n == 0) block(b, g, 0, T); /* nothing is visible: zeros */
         }
     }
-    partial_ = scratch.take<float>(tasks() * T * rows_ * GP_PARTIAL(pages.layer.D));
+    partial_ = scratch.take<float>(tasks() * T * row_floats());
+}
+
+int64_t Attention::tasks() const
+{
+    return T_ > kFewTokens ? pages_.batch * pages_.layer.kv_heads * blocks_ : first_[pages_.batch];
 }
 
 double Attention::bytes_per_task() const
@@ -169,44 +176,58 @@ double Attention::bytes_per_task() const
 
 void Attention::run(int64_t task) const
 {
-    const int64_t b = std::upper_bound(first_, first_ + pages_.batch + 1, task) - first_ - 1;
-    const gp_pages &layer = pages_.layer;
-    const Range range = chunks(pages_, b, T_);
-    const int64_t n = range.end - range.begin, g = (task - first_[b]) / n;
-    const int64_t chunk = range.begin + (task - first_[b]) % n, D = layer.D;
-    const int64_t from = pages_.start(b) + chunk * GP_CHUNK;
-    gp_attend a = {&layer, pages_.table(b), g, rows_, nullptr, scale_, 0, 0,
-                   pages_.lengths[b] + T_, nullptr};
-    for (int64_t t = 0; t < T_; t++) {
-        const int64_t slot = pages_.lengths[b] + t;
-        a.begin = std::max(from, pages_.visible_from(b, slot));
-        a.end = std::min(from + GP_CHUNK, slot + 1);
-        if (a.begin >= a.end) continue;
-        a.q = q_ + (b * T_ + t) * q_stride_ + g * rows_ * D;
-        a.partial = partial_ + (task * T_ + t) * rows_ * GP_PARTIAL(D);
-        gp.attend_chunk(&a);
+    const int64_t kv_heads = pages_.layer.kv_heads;
+    if (T_ > kFewTokens) {
+        /* Late tokens see more: the blocks of a head alternate from its two ends, so that any half of the
+         * tasks is half of the work. */
+        const int64_t i = task % blocks_, first = (i % 2 ? blocks_ - 1 - i / 2 : i / 2) * block_;
+        return block(task / blocks_ / kv_heads, task / blocks_ % kv_heads, first, std::min(block_, T_ - first));
     }
-    if (left_[b * layer.kv_heads + g].fetch_sub(1) == 1) combine(b, g);
+    const int64_t b = std::upper_bound(first_, first_ + pages_.batch + 1, task) - first_ - 1;
+    const Range range = chunks(b, 0, T_);
+    const int64_t n = range.size(), g = (task - first_[b]) / n, size = T_ * row_floats();
+    chunk(b, g, 0, T_, range.begin + (task - first_[b]) % n, partial_ + task * size);
+    if (left_[b * kv_heads + g].fetch_sub(1) != 1) return;
+    float *partial = partial_ + (first_[b] + g * n) * size;
+    for (int64_t i = 1; i < n; i++)
+        gp.attend_merge(partial, partial + i * size, T_ * rows_, pages_.layer.D);
+    finish(b, g, 0, T_, partial);
 }
 
-void Attention::combine(int64_t b, int64_t g) const
+void Attention::block(int64_t b, int64_t g, int64_t first, int64_t n) const
 {
-    const gp_pages &layer = pages_.layer;
-    const int64_t D = layer.D, size = GP_PARTIAL(D), start = pages_.start(b);
-    const Range range = chunks(pages_, b, T_);
-    const int64_t first = first_[b] + g * (range.end - range.begin);
-    for (int64_t t = 0; t < T_; t++) {
-        /* The chunks that this token saw some slot of. */
-        const int64_t slot = pages_.lengths[b] + t, begin = pages_.visible_from(b, slot);
-        const int64_t c0 = (begin - start) / GP_CHUNK;
-        const int64_t n = slot < begin ? 0 : (slot - start) / GP_CHUNK - c0 + 1;
-        for (int64_t r = 0; r < rows_; r++) {
-            const float *partial =
-                n ? partial_ + (((first + c0 - range.begin) * T_ + t) * rows_ + r) * size : nullptr;
-            gp.attend_combine(partial, n, T_ * rows_ * size, D,
-                              out_ + (b * T_ + t) * out_stride_ + (g * rows_ + r) * D);
-        }
+    const Range range = chunks(b, first, n);
+    const Temporary<float> partial(n * row_floats()), more(n * row_floats());
+    /* Without a chunk the first one is empty. */
+    chunk(b, g, first, n, range.begin, partial);
+    for (int64_t i = range.begin + 1; i < range.end; i++) {
+        chunk(b, g, first, n, i, more);
+        gp.attend_merge(partial, more, n * rows_, pages_.layer.D);
     }
+    finish(b, g, first, n, partial);
+}
+
+void Attention::chunk(int64_t b, int64_t g, int64_t first, int64_t n, int64_t chunk, float *partial) const
+{
+    const int64_t from = pages_.start(b) + chunk * GP_CHUNK, to = from + GP_CHUNK;
+    const Temporary<gp_span> seen(n);
+    for (int64_t t = 0; t < n; t++) {
+        const int64_t slot = pages_.lengths[b] + first + t;
+        const int64_t end = std::clamp(slot + 1, from, to);
+        seen[t] = {std::min(std::max(from, pages_.visible_from(b, slot)), end), end};
+    }
+    const gp_attend a = {&pages_.layer, pages_.table(b), g, n, rows_,
+                         q_ + (b * T_ + first) * q_stride_ + g * rows_ * pages_.layer.D, q_stride_, scale_,
+                         from, seen, pages_.lengths[b] + T_, partial};
+    gp.attend_chunk(&a);
+}
+
+void Attention::finish(int64_t b, int64_t g, int64_t first, int64_t n, const float *partial) const
+{
+    const int64_t D = pages_.layer.D;
+    for (int64_t t = 0; t < n; t++)
+        gp.attend_finish(partial + t * row_floats(), rows_, D,
+                         out_ + (b * T_ + first + t) * out_stride_ + g * rows_ * D);
 }
 
 void attend(const Attention &attention)

@@ -46,9 +46,11 @@ void check_pages(const char *op, const Pages &pages, int64_t T, bool appends);
 /* Quantize and store; a parallel region of its own if there is enough to do. */
 void append(const Pages &pages, const float *k, const float *v, int64_t stride, int64_t T);
 
-/* Attention of the T new tokens of each sequence, causal among them. Work is cut into tasks(), each a
- * chunk of one sequence for the query heads of one key head, in any order and on any threads; whoever
- * ends the last chunk of a head combines them all. A query that sees nothing (padding) gets zeros. */
+/* Attention of the T new tokens of each sequence, causal among them. Work is cut into tasks(), each for the
+ * query heads of one key head of a sequence, in any order and on any threads. A few tokens take a task for
+ * each chunk, and whoever ends the last one of a head joins them all; of more than that a task takes a block
+ * of tokens over all chunks. Either way each token sees its chunks in their order, with the same result. A
+ * query that sees nothing (padding) gets zeros. */
 class Attention {
   public:
     /* Bytes of the scratch that the constructor takes. */
@@ -56,26 +58,35 @@ class Attention {
     Attention(const Pages &pages, const float *q, int64_t q_stride, int64_t T, int64_t heads,
               float softmax_scale, float *out, int64_t out_stride, Scratch &scratch);
 
-    int64_t tasks() const { return first_[pages_.batch]; }
+    int64_t tasks() const;
     double bytes_per_task() const;
     void run(int64_t task) const;
 
   private:
-    void combine(int64_t b, int64_t g) const;
     /* Chunks of sequence b, counted from its start. */
     struct Range {
         int64_t begin, end;
+        int64_t size() const { return end - begin; }
     };
-    static Range chunks(const Pages &pages, int64_t b, int64_t T);
+    /* Those that any of the tokens [first, first + n) sees. */
+    Range chunks(int64_t b, int64_t first, int64_t n) const { return chunks(pages_, b, first, n); }
+    static Range chunks(const Pages &pages, int64_t b, int64_t first, int64_t n);
+    void chunk(int64_t b, int64_t g, int64_t first, int64_t n, int64_t chunk, float *partial) const;
+    void block(int64_t b, int64_t g, int64_t first, int64_t n) const;
+    void finish(int64_t b, int64_t g, int64_t first, int64_t n, const float *partial) const;
+    int64_t row_floats() const { return rows_ * GP_PARTIAL(pages_.layer.D); }
 
     Pages pages_;
     const float *q_;
     float *out_;
     int64_t q_stride_, out_stride_, T_, rows_;
     float scale_;
-    int64_t *first_;            /* [batch + 1]: task of a sequence's first chunk */
+    /* Of few tokens */
+    int64_t *first_;             /* [batch + 1]: task of a sequence's first chunk */
     std::atomic<int64_t> *left_; /* [batch][kv_heads]: chunks not done */
-    float *partial_;            /* [task][T][rows][GP_PARTIAL(D)] */
+    float *partial_;             /* [task][T][rows][GP_PARTIAL(D)] */
+    /* Of many */
+    int64_t block_, blocks_; /* tokens of a task; tasks of a head */
 };
 
 /* All its tasks, in one parallel region. */

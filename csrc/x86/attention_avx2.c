@@ -31,6 +31,20 @@ INLINE float v16_highest(v16 v)
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
+/* x in lanes [begin, end), `other` in the rest. */
+INLINE v16 v16_within(v16 x, int64_t begin, int64_t end, float other)
+{
+    const __m256 o = _mm256_set1_ps(other);
+    const __m256i first = _mm256_set1_epi32((int)gp_min(begin, 16)), last = _mm256_set1_epi32((int)gp_min(end, 16));
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256 y[2] = {x.a, x.b};
+    for (int i = 0; i < 2; i++) {
+        const __m256i in = _mm256_andnot_si256(_mm256_cmpgt_epi32(first, lane), _mm256_cmpgt_epi32(last, lane));
+        y[i] = _mm256_blendv_ps(o, y[i], _mm256_castsi256_ps(in));
+        lane = _mm256_add_epi32(lane, _mm256_set1_epi32(8));
+    }
+    return (v16){y[0], y[1]};
+}
 INLINE v16 v16_fma(v16 x, v16 y, v16 z)
 {
     return (v16){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
@@ -175,6 +189,7 @@ const gp_impl gp_impl_attention_avx2 = {
     .needs = GP_CPU_AVX2,
     .page_store_row = page_store_row_avx2,
     .attend_chunk = attend_chunk_avx2,
-    .attend_combine = attend_combine_avx2,
+    .attend_merge = attend_merge_avx2,
+    .attend_finish = attend_finish_avx2,
 };
 #endif

@@ -20,6 +20,12 @@ INLINE v16 v16_mul(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
 INLINE v16 v16_xor(v16 a, v16 b) { return _mm512_xor_ps(a, b); }
 INLINE v16 v16_max(v16 a, v16 b) { return _mm512_max_ps(a, b); } /* b if one is a NaN */
 INLINE float v16_highest(v16 v) { return _mm512_reduce_max_ps(v); }
+/* x in lanes [begin, end), `other` in the rest. */
+INLINE v16 v16_within(v16 x, int64_t begin, int64_t end, float other)
+{
+    const __mmask16 in = (__mmask16)(tail_mask(end) & ~tail_mask(begin));
+    return _mm512_mask_mov_ps(_mm512_set1_ps(other), in, x);
+}
 INLINE v16 v16_fma(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
 
 /* Elements [i, i + 16) of a row, zero beyond `left` of them. */
@@ -169,6 +175,7 @@ const gp_impl gp_impl_attention_avx512 = {
     .needs = GP_CPU_AVX512_VNNI,
     .page_store_row = page_store_row_avx512,
     .attend_chunk = attend_chunk_avx512,
-    .attend_combine = attend_combine_avx512,
+    .attend_merge = attend_merge_avx512,
+    .attend_finish = attend_finish_avx512,
 };
 #endif

@@ -32,29 +32,30 @@ INLINE float quantize_query(const float *q, float scale, int64_t D, int16_t *wor
     return quantize_words(x, d, top, words_of_q);
 }
 
-/* A row's n dot products s become its weights w, whose scale is returned; sum and maximum go to `partial`. */
-INLINE float weigh(float *s, int64_t n, float q_scale, const float *k_scale, const float *v_scale, int64_t D,
-                   float *partial, int16_t *w)
+/* A row's dot products s become its weights w, whose scale is returned, in whole vectors; sum and maximum go to
+ * `partial`. What it does not see has weight 0, whatever its scale. */
+INLINE float weigh(const gp_attend *a, gp_span seen, float *s, float q_scale, const float *k_scale,
+                   const float *v_scale, float *partial, int16_t *w)
 {
-    const int64_t n_pad = gp_ceil_div(n, 16) * 16;
+    const int64_t begin = (seen.begin - a->from) / 16 * 16, end = seen.end - a->from, D = a->pages->D;
     v16 m = v16_set1(-INFINITY), sum = v16_zero(), top = v16_zero();
-    for (int64_t t = n; t < n_pad; t++) s[t] = -INFINITY; /* adds 0 */
-    for (int64_t t = 0; t < n_pad; t += 16) {
-        const v16 x = v16_mul(v16_mul(v16_load(s + t), v16_set1(q_scale)), v16_load(k_scale + t));
+    for (int64_t t = begin; t < end; t += 16) {
+        const v16 scaled = v16_mul(v16_mul(v16_load(s + t), v16_set1(q_scale)), v16_load(k_scale + t));
+        const v16 x = v16_seen(scaled, a, seen, t, -INFINITY);
         v16_store(s + t, x);
         m = v16_max(x, m);
     }
     const float top_score = v16_highest(m);
-    for (int64_t t = 0; t < n_pad; t += 16) {
+    for (int64_t t = begin; t < end; t += 16) {
         const v16 p = v16_exp2(v16_sub(v16_load(s + t), v16_set1(top_score)));
-        const v16 x = v16_mul(p, v16_load(v_scale + t));
+        const v16 x = v16_seen(v16_mul(p, v16_load(v_scale + t)), a, seen, t, 0);
         sum = v16_add(sum, p);
         v16_store(s + t, x);
         top = v16_absmax(top, x);
     }
     partial[D] = top_score;
     partial[D + 1] = v16_fold(sum);
-    return quantize_words(s, n_pad, top, w);
+    return quantize_words(s + begin, gp_ceil_div(end, 16) * 16 - begin, top, w + begin);
 }
 
 /* (float)dot of R rows with TOKENS keys; q has rows of D_pad. */
@@ -141,33 +142,45 @@ INLINE void bytes_run(run values, int64_t D, const int16_t *w, int R, int32_t (*
 INLINE void attend_byte_rows(const gp_attend *a, int64_t first, int R, const float *k_scale,
                              const float *v_scale)
 {
-    const int64_t D = a->pages->D, D_pad = gp_ceil_div(D, WORDS) * WORDS, n = a->end - a->begin;
-    float s[ROWS * GP_CHUNK], q_scale[ROWS], w_scale[ROWS], out[GP_HEAD_DIM_MAX];
+    const int64_t D = a->pages->D, D_pad = gp_ceil_div(D, WORDS) * WORDS;
+    const gp_span any = seen_by_any(a, first, R);
+    float s[ROWS * GP_CHUNK], q_scale[ROWS], w_scale[ROWS] = {0}, out[GP_HEAD_DIM_MAX];
     int16_t q[ROWS * GP_HEAD_DIM_MAX], w[ROWS * GP_CHUNK];
     int32_t total[ROWS][GP_HEAD_DIM_MAX];
     for (int r = 0; r < R; r++) {
-        q_scale[r] = quantize_query(a->q + (first + r) * D, a->scale, D, q + r * D_pad);
+        q_scale[r] = quantize_query(row_query(a, first + r), a->scale, D, q + r * D_pad);
         memset(total[r], 0, sizeof(total[r]));
     }
-    for (int64_t t = 0; t < n;) {
-        const run keys = run_at(a, 0, t);
+    for (int64_t slot = any.begin; slot < any.end;) {
+        const run keys = run_at(a, any, 0, slot);
         if (D % WORDS)
             score_bytes_run(keys, D, 0, q, R, s);
         else
             score_bytes_run(keys, D, 1, q, R, s);
-        t += keys.n;
-    }
-    for (int r = 0; r < R; r++)
-        w_scale[r] = weigh(s + r * GP_CHUNK, n, q_scale[r], k_scale, v_scale, D,
-                           a->partial + (first + r) * GP_PARTIAL(D), w + r * GP_CHUNK);
-    for (int64_t t = 0; t < n;) {
-        const run values = run_at(a, 1, t);
-        bytes_run(values, D, w, R, total);
-        t += values.n;
+        slot += keys.n;
     }
     for (int r = 0; r < R; r++) {
+        const gp_span seen = row_seen(a, first + r);
+        int16_t *row = w + r * GP_CHUNK;
+        memset(row + any.begin - a->from, 0, (size_t)(any.end - any.begin) * sizeof(int16_t));
+        if (seen.begin < seen.end)
+            w_scale[r] = weigh(a, seen, s + r * GP_CHUNK, q_scale[r], k_scale, v_scale,
+                               a->partial + (first + r) * GP_PARTIAL(D), row);
+    }
+    for (int64_t slot = any.begin; slot < any.end;) {
+        const run values = run_at(a, any, 1, slot);
+        bytes_run(values, D, w, R, total);
+        slot += values.n;
+    }
+    for (int r = 0; r < R; r++) {
+        float *partial = a->partial + (first + r) * GP_PARTIAL(D);
+        const gp_span seen = row_seen(a, first + r);
+        if (seen.begin == seen.end) {
+            gp_saw_nothing(partial, D);
+            continue;
+        }
         for (int64_t d = 0; d < D; d += WORDS)
             words_store_floats(words_load(total[r] + d), words_load(total[r] + d + WORDS / 2), w_scale[r], out + d);
-        memcpy(a->partial + (first + r) * GP_PARTIAL(D), out, (size_t)D * sizeof(float));
+        memcpy(partial, out, (size_t)D * sizeof(float));
     }
 }

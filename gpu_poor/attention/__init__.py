@@ -1,8 +1,8 @@
 """The attention function "gpu_poor" of transformers models: exact, and it never expands heads.
 
-For a cache in pages (gpu_poor/kv_cache/) few tokens run on our kernel, which reads the pages
-where they lie; everything else is torch's flash kernel, without a mask where the order of the
-tokens says it all, and with grouped heads as they are.
+On a cache in pages (gpu_poor/kv_cache/) it is our kernel, which reads the pages where they lie;
+everything else is torch's flash kernel, without a mask where the order of the tokens says it all,
+and with grouped heads as they are.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from gpu_poor import _needs_transformers, memory
 from gpu_poor.attention.interface import Call, attention_function
 from gpu_poor.attention.lsh import use_lsh_attention
 from gpu_poor.attention.multi_query import convert_to_multi_query
-from gpu_poor.modules import evaluating, unwrap
+from gpu_poor.modules import checked, evaluating
 
 with _needs_transformers("gpu_poor.attention"):
     from transformers import PreTrainedModel
@@ -28,9 +28,6 @@ __all__ = [
 ]
 
 NAME = "gpu_poor"
-#: Up to so many new tokens run on the pages. Our kernel reads them again for each token, torch's
-#: needs a copy of all keys and values, but multiplies them as matrices.
-FEW_TOKENS = 16
 
 
 def left_padding(mask: Tensor | None) -> Tensor | None:
@@ -97,19 +94,19 @@ def _causal(tokens: int, length: int, window: int) -> Tensor:
 
 @attention_function(NAME, _mask)
 def attend(call: Call) -> Tensor:
-    """Exact attention: of few tokens on pages where they lie, else torch's."""
+    """Exact attention: on pages where they lie, else torch's."""
     key, value, mask, window = call.key, call.value, call.mask, call.sliding_window
     layer, starts = getattr(key, "_gp_layer", None), getattr(mask, "_gp_starts", None)
-    tokens = call.query.shape[2]
     if layer is not None:
         layer.sequences.handed_out = None
         layer.sequences.starts = starts
         known = mask is None or starts is not None
-        if known and tokens <= FEW_TOKENS and not call.dropout:
+        wants_gradient = torch.is_grad_enabled() and call.query.requires_grad
+        if known and not call.dropout and not wants_gradient:
             return layer.attend(call.query, starts, call.scaling)
         key, value = layer.gather(call.query.dtype, shifted=True)
         window = layer.window
-    length, window = key.shape[2], window or 0
+    tokens, length, window = call.query.shape[2], key.shape[2], window or 0
     is_causal = call.is_causal and mask is None
     if is_causal and (tokens < length or 0 < window < length):
         if tokens > 1 or 0 < window < length:
@@ -172,13 +169,13 @@ def differs(model: nn.Module, cache, than: str, expected: Tensor | None = None) 
 def use_flash_attention_if_available(model: nn.Module) -> nn.Module:
     """Make "gpu_poor" the attention of a transformers model; the model itself is returned.
 
-    Exact, and no head is ever expanded: torch's flash kernel, and for few tokens on a cache in
-    pages ours. Before it is kept its logits of four tokens are compared with the model's own.
+    Exact, and no head is ever expanded: torch's flash kernel, and on a cache in pages ours. Before
+    it is kept its logits of four tokens are compared with the model's own.
 
     A model whose attention it can't be (softcapping, sinks, biases of positions) is returned as it
     was, with a warning that says why.
     """
-    held, model = model, unwrap(model)
+    held, model = model, checked(model, "use_flash_attention_if_available")
     reason = unsuitable(model)
     if reason is None and model.config._attn_implementation != NAME:
         own = model.config._attn_implementation

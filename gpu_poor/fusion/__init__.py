@@ -15,13 +15,12 @@ from gpu_poor.fusion.architectures import ARCHITECTURES, DECODERS
 from gpu_poor.fusion.binding import architecture_of, original
 from gpu_poor.fusion.blocks import BINDING, LAST, binding_of, fused_class
 from gpu_poor.fusion.decoders import (
-    FEW_TOKENS,
     decoder_binding_of,
     decoder_class,
     decoder_of,
 )
 from gpu_poor.memory import KV_POOL
-from gpu_poor.modules import unwrap
+from gpu_poor.modules import checked
 
 __all__ = ["ARCHITECTURES", "Explanation", "Path", "explain", "fuse", "unfuse"]
 
@@ -48,7 +47,7 @@ def fuse(model: nn.Module) -> nn.Module:
     Returns:
         The same model. :func:`explain` says what came of it, :func:`unfuse` undoes it.
     """
-    inner = _checked(model, "fuse")
+    inner = checked(model, "fuse")
     blocks = [m for m in inner.modules() if architecture_of(m) is not None]
     for module in inner.modules():
         cls = type(module)
@@ -65,7 +64,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     A cache that ``use_paged_kv_cache_if_available`` has set up stays.
     """
-    for module in _checked(model, "unfuse").modules():
+    for module in checked(model, "unfuse").modules():
         if original(type(module)) is not type(module) and KV_POOL not in module.__dict__:
             module.__class__ = original(type(module))
             for name in (BINDING, LAST):
@@ -97,7 +96,7 @@ class Explanation:
 
     model: str
     blocks: list[Path] = field(default_factory=list)
-    #: Steps of few tokens through all blocks in one call, of each decoder in the model.
+    #: Steps through all blocks in one call, of each decoder in the model.
     steps: list[Path] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -108,7 +107,7 @@ class Explanation:
             names = same[0].name if len(same) == 1 else f"{same[0].name} to {same[-1].name}"
             lines.append(f"  {names}: {same[0]}")
         for step in self.steps:
-            how = f"one call for all blocks, up to {FEW_TOKENS} tokens" if step.fused else step
+            how = "one call for all blocks, on a cache in pages" if step.fused else step
             last = f"; the last call: {step.last_call}" if step.fused and step.last_call else ""
             lines.append(f"  steps of {step.name or 'the model'}: {how}{last}")
         if not self.blocks:
@@ -119,7 +118,7 @@ class Explanation:
 
 def explain(model: nn.Module) -> Explanation:
     """Which path each known decoder block takes now, and why; with what the last call met."""
-    model = _checked(model, "explain")
+    model = checked(model, "explain")
     result = Explanation(original(type(model)).__name__)
     for name, module in model.named_modules():
         if architecture_of(module) is not None:
@@ -127,14 +126,6 @@ def explain(model: nn.Module) -> Explanation:
         elif decoder_of(module) is not None:
             result.steps.append(_path(name, module, decoder_binding_of))
     return result
-
-
-def _checked(model, function: str) -> nn.Module:
-    """The model, or the one that a QuantizedModel holds."""
-    model = unwrap(model)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function} takes a model, got {type(model).__name__}")
-    return model
 
 
 def _path(name: str, module: nn.Module, bound) -> Path:

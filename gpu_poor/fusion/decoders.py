@@ -1,4 +1,4 @@
-"""A step of few tokens through all of a model's blocks in one C call.
+"""A step: new tokens through all of a model's blocks in one C call.
 
 What a block's own fused forward (gpu_poor/fusion/blocks.py) leaves to Python, and transformers
 does around the blocks, takes longer than the arithmetic when there is one token. So if every block
@@ -27,9 +27,9 @@ from gpu_poor.fusion.blocks import (
 )
 from gpu_poor.fusion.company import follow
 
-#: New tokens of a sequence up to which a call is a step: beyond, torch's flash kernel is faster
-#: than ours, which reads the pages again for each.
-FEW_TOKENS = 8
+#: Tokens of all sequences that go through the blocks at a time: more cost memory, and an interrupt
+#: has to wait for them. No bit depends on it.
+SLICE = 1024
 #: Arguments that a step knows.
 _KNOWN = {
     "input_ids",
@@ -116,8 +116,6 @@ def step(model: nn.Module, call: dict) -> Tensor | str:
     if len(shape) != (2 if x is None else 3):
         return f"an input of shape {tuple(shape)}"
     batch, tokens = shape[:2]
-    if tokens > FEW_TOKENS:
-        return f"more than {FEW_TOKENS} tokens at a time: block by block"
     if reason := _unsuitable(model, cache, call):
         return reason
     binding = decoder_binding_of(model)
@@ -149,7 +147,26 @@ def step(model: nn.Module, call: dict) -> Tensor | str:
         cos, sin = getattr(model, names.rotary)(x, position_ids=position)
     cache.reserve(tokens, batch)
     cache.starts = starts
-    y = ops.decoder_step(
+    size, parts = max(1, SLICE // max(batch, 1)), []
+    try:
+        for begin in range(0, max(tokens, 1), size):
+            given = x, cos, sin
+            if tokens > size:
+                given = (t if t is None else t[:, begin : begin + size] for t in given)
+            parts.append(_run(binding, cache, *given))
+            cache.advance(parts[-1].shape[1])
+    except BaseException:  # an interrupt too: as it was
+        cache.advance(-sum(y.shape[1] for y in parts))
+        raise
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _run(binding: Binding, cache, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """What the blocks and the last norm make of the next tokens, whose pages are reserved."""
+    starts = cache.starts
+    if starts is not None:  # padding may go on after these
+        starts = starts.clamp(max=cache.layers[0].stored + x.shape[1])
+    return ops.decoder_step(
         x,
         binding.tensors,
         binding.layout,
@@ -164,8 +181,6 @@ def step(model: nn.Module, call: dict) -> Tensor | str:
         starts,
         *binding.norm,
     )
-    cache.advance(tokens)
-    return y
 
 
 def _unsuitable(model: nn.Module, cache, call: dict) -> str | None:
@@ -173,8 +188,6 @@ def _unsuitable(model: nn.Module, cache, call: dict) -> str | None:
     if kv_cache is None or not isinstance(cache, kv_cache.PagedKVCache):
         found = "there is no cache" if cache is None else f"the cache is a {type(cache).__name__}"
         return f"{found}: pass past_key_values=PagedKVCache(model), or use generate"
-    if not cache.layers[0].stored:
-        return "the first tokens: block by block"
     if cache.layers[0].stored != cache.layers[-1].stored:
         return "the layers of the cache hold different numbers of tokens"
     for name, value in call.items():

@@ -221,6 +221,7 @@ class PagedKVCache(Cache):
         """
         if self.sequences.rows:
             raise ValueError("only an empty cache can share a prefix")
+        _check_ids(input_ids)
         size, allocator = self.pool.page_size, self.pool.allocator
         wanted = _pages_of(input_ids, input_ids.shape[1] - 1, size)
         with allocator.lock:
@@ -241,8 +242,9 @@ class PagedKVCache(Cache):
             ValueError: not as many sequences as are stored, padding on the left, or pages that have
                 been given back (:meth:`activate_past_recording` keeps them).
         """
+        _check_ids(input_ids)
         stored, size = min(layer.stored for layer in self.layers), self.pool.page_size
-        if input_ids.dim() != 2 or input_ids.shape[0] != len(self.sequences.rows) or not stored:
+        if input_ids.shape[0] != len(self.sequences.rows) or not stored:
             raise ValueError(
                 f"{len(self.sequences.rows)} sequences of {stored} tokens are stored, got tokens "
                 f"{tuple(input_ids.shape)}"
@@ -270,6 +272,14 @@ class PagedKVCache(Cache):
         for layer, mine in zip(twin.layers, self.layers, strict=True):
             layer.sequences, layer.stored = twin.sequences, mine.stored
         return twin
+
+
+def _check_ids(input_ids) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else None
+        raise ValueError(
+            f"input_ids must be a tensor [B, L], got {shape or type(input_ids).__name__}"
+        )
 
 
 def _pages_of(input_ids: Tensor, length: int, size: int) -> list[list[tuple[int, ...]]]:

@@ -20,7 +20,7 @@ from gpu_poor.fusion.blocks import subclass
 from gpu_poor.fusion.heads import head_methods
 from gpu_poor.kv_cache.cache import PagedKVCache
 from gpu_poor.kv_cache.pool import FORMATS, SHARE_OF_AVAILABLE, PagePool, pages_needed
-from gpu_poor.modules import unwrap
+from gpu_poor.modules import checked
 
 #: Tokens to a page of the cache that a fused model without a pool makes.
 PAGE_SIZE = 64
@@ -43,10 +43,11 @@ def use_paged_kv_cache_if_available(
         format, kv_memory, page_size: of :class:`PagePool`. Calling it again changes them.
 
     Raises:
+        TypeError: no model.
         ValueError: a wrong format, size or page_size. A model that can't use pages is no error: it
             is returned as it was, with a warning that says why.
     """
-    held, model = model, unwrap(model)
+    held, model = model, checked(model, "use_paged_kv_cache_if_available")
     options = dict(format=format, page_size=page_size)
     reason = attention.unsuitable(model)
     if reason is None:

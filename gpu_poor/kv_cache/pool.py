@@ -34,13 +34,20 @@ class PagePool:
         page_size: tokens to a page.
 
     Raises:
+        TypeError: no model, and no config of one.
         ValueError: an unknown format, a malformed size, one in which no page fits, or layers that
             are not keys and values of tokens.
         MemoryError: the system refuses a ``kv_memory`` so large.
     """
 
     def __init__(self, config, format="int8", kv_memory=None, page_size: int = 64):
-        config = getattr(config, "config", config).get_text_config(decoder=True)
+        found = getattr(config, "config", config)
+        if not hasattr(found, "get_text_config"):
+            raise TypeError(
+                "a pool is made for a transformers model or its config, got "
+                f"{type(config).__name__}"
+            )
+        config = found.get_text_config(decoder=True)
         if format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
         if not isinstance(page_size, int) or not 1 <= page_size <= 2**16:

@@ -538,19 +538,32 @@ static void check_attention(const gp_impl *impl, gp_dtype type, int64_t rows, in
         }
         for (int64_t i = 0; i < n_pages; i++) table[i] = (int32_t)(n_pages - 1 - i);
         gp_pages pages = {type, HEADS, D, page_size, data, page * D, type == GP_I8 ? scales : NULL, page};
-        gp_attend a = {&pages, table, HEAD, rows, q, 0.1f, begin, end, end, want};
-        ref->attend_chunk(&a);
-        a.partial = y;
-        impl->attend_chunk(&a);
-        CHECK(same_floats(y, want, rows * size),
-              "%s attend_chunk type %d rows %ld D %ld pages of %ld, slots %ld to %ld, special %d",
-              impl->name, (int)type, (long)rows, (long)D, (long)page_size, (long)begin, (long)end, special);
-        float *out = guarded((size_t)D * 4, at_start), *want_out = malloc((size_t)D * 4);
-        for (int64_t n = 0; n <= rows; n++) {
-            impl->attend_combine(y, n, size, D, out);
-            ref->attend_combine(y, n, size, D, want_out);
-            CHECK(same_floats(out, want_out, D), "%s attend_combine D %ld", impl->name, (long)D);
+        /* One token's heads, and as many tokens: each sees one slot more, and two a slot less of the first ones
+         * as well; the first sees nothing if there are few. */
+        const int64_t from = gp_max(0, gp_max(end - GP_CHUNK, begin - 5));
+        gp_span *seen = guarded((size_t)rows * sizeof(gp_span), at_start);
+        for (int apart = 0; apart < 2; apart++) {
+            for (int64_t t = 0; t < rows; t++) {
+                seen[t].end = apart ? gp_max(begin, end - (rows - 1 - t)) : end;
+                seen[t].begin = gp_min(begin + (apart && at_start ? t / 2 : 0), seen[t].end);
+            }
+            gp_attend a = {&pages, table, HEAD, apart ? rows : 1, apart ? 1 : rows, q, D, 0.1f, from, seen, end, want};
+            ref->attend_chunk(&a);
+            a.partial = y;
+            impl->attend_chunk(&a);
+            CHECK(same_floats(y, want, rows * size),
+                  "%s attend_chunk type %d rows %ld D %ld pages of %ld, slots %ld to %ld, special %d, apart %d",
+                  impl->name, (int)type, (long)rows, (long)D, (long)page_size, (long)begin, (long)end, special, apart);
         }
+        float *out = guarded((size_t)(rows * D) * 4, at_start), *want_out = malloc((size_t)(rows * D) * 4);
+        for (int64_t n = 0; n < rows; n++) {
+            impl->attend_merge(y, y + n * size, rows - n, D);
+            ref->attend_merge(want, want + n * size, rows - n, D);
+            CHECK(same_floats(y, want, rows * size), "%s attend_merge D %ld", impl->name, (long)D);
+        }
+        impl->attend_finish(y, rows, D, out);
+        ref->attend_finish(want, rows, D, want_out);
+        CHECK(same_floats(out, want_out, rows * D), "%s attend_finish D %ld", impl->name, (long)D);
         char *row = guarded((size_t)D * size_of(type), at_start);
         char *want_row = malloc((size_t)D * size_of(type));
         fill_floats(q, GP_F32, rows * D);
