@@ -53,6 +53,9 @@ static PyObject *alone(PyObject *self, PyObject *unused)
     return PyBool_FromLong(gp_alone());
 }
 
+/* Places that dicts are prefetched ahead: after a step none of them is in the caches any more. */
+enum { kAhead = 16 };
+
 /* Whether mappings[i].get(keys[i]) is values[i] for all i. What fused blocks ask on every call, of some
  * hundred places: ten times as fast as the same in Python. */
 static PyObject *unchanged(PyObject *self, PyObject *args)
@@ -66,6 +69,7 @@ static PyObject *unchanged(PyObject *self, PyObject *args)
     if (PyList_Size(keys) != n || PyList_Size(values) != n)
         return PyErr_Format(PyExc_ValueError, "unchanged takes three lists of one length");
     for (Py_ssize_t i = 0; i < n; i++) {
+        if (i + kAhead < n) __builtin_prefetch((char *)PyList_GetItem(mappings, i + kAhead) + 32);
         PyObject *mapping = PyList_GetItem(mappings, i), *value = PyList_GetItem(values, i);
         if (!PyDict_Check(mapping)) return PyErr_Format(PyExc_TypeError, "mappings must be dicts");
         PyObject *found = PyDict_GetItemWithError(mapping, PyList_GetItem(keys, i));

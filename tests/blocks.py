@@ -56,3 +56,10 @@ def step(x: torch.Tensor, blocks: int = 2, int8: bool = False) -> tuple:
     shift = torch.randn(blocks, G, D) if int8 else None
     pages = arena, scales, shift
     return (x, *block(blocks), *angles(tokens, batch), *pages, table, lengths, starts)
+
+
+def normed(arguments: tuple, kind: int) -> tuple:
+    """Those of :func:`step` with a norm after the blocks: 1 RMS, 2 layer norm with a bias."""
+    x, weights, *rest = arguments
+    norm = [heavy_tailed(x.shape[2], seed=7 + i) for i in range(kind)]
+    return (x, [*weights, *norm], *rest, kind, 1e-5)

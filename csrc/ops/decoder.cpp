@@ -45,15 +45,19 @@ void Reader::end() const
                     taken_);
 }
 
-Norm::Norm(Reader &reader, int64_t i, float eps, int64_t size) : size_(size), eps_(eps)
+Norm::Norm(Reader &reader, int64_t i, float eps, int64_t size)
+    : Norm(reader, reader.column(kNorms + i * kNormColumns + kNormKind),
+           reader.column(kNorms + i * kNormColumns + kNormBias) != 0, eps, size)
 {
-    const int64_t at = kNorms + i * kNormColumns;
-    kind_ = reader.column(at + kNormKind);
+}
+
+Norm::Norm(Reader &reader, int64_t kind, bool bias, float eps, int64_t size)
+    : kind_(kind), size_(size), eps_(eps)
+{
     STD_TORCH_CHECK(kind_ >= 0 && kind_ <= 2, reader.op, ": unknown kind of norm ", kind_);
     if (!kind_) return;
     weight_ = Floats(reader.op, "weight of a norm", reader.next("norm"), size);
-    if (reader.column(at + kNormBias))
-        bias_ = Floats(reader.op, "bias of a norm", reader.next("norm"), size);
+    if (bias) bias_ = Floats(reader.op, "bias of a norm", reader.next("norm"), size);
 }
 
 Block::Weight::Weight(Reader &reader, int64_t i, int64_t K)

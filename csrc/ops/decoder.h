@@ -40,6 +40,7 @@ enum Number { kAttentionEps, kNetworkEps, kHeadEps, kSoftmaxScale, kNumbers };
 class Norm {
   public:
     Norm(class Reader &reader, int64_t i, float eps, int64_t size);
+    Norm(class Reader &reader, int64_t kind, bool bias, float eps, int64_t size);
     explicit operator bool() const { return kind_ != 0; }
     void operator()(const float *x, float *y) const
     {
@@ -96,6 +97,7 @@ class Reader {
     int64_t blocks() const { return blocks_; }
     /* The next block. */
     Block read(int64_t hidden);
+    int64_t taken() const { return static_cast<int64_t>(taken_); }
     /* After the last one: no tensor may be left. */
     void end() const;
 

@@ -218,7 +218,7 @@ Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tenso
                     const std::optional<Tensor> &sine, const Tensor &pages,
                     const std::optional<Tensor> &scales, const std::optional<Tensor> &shift,
                     const Tensor &block_table, const Tensor &lengths,
-                    const std::optional<Tensor> &starts)
+                    const std::optional<Tensor> &starts, int64_t norm_kind, double norm_eps)
 {
     const char *op = "decoder_step";
     const Hidden x(op, x_in);
@@ -236,6 +236,9 @@ Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tenso
                         pages.size(3), " heads of ", pages.size(5), " for a block of ", block.G, " of ",
                         block.D);
     }
+    /* The norm of what comes has the tensors that are left, and a bias if those are two. */
+    const int64_t of_norm = static_cast<int64_t>(weights.size()) - reader.taken();
+    const Norm norm(reader, norm_kind, of_norm > 1, static_cast<float>(norm_eps), x.E);
     reader.end();
     arena.check(x.T, widest(blocks));
     Result y(x, {x.B, x.T, x.E});
@@ -255,6 +258,7 @@ Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tenso
             }
             block.out(in, attention, x.M, y.rows);
         }
+        for (int64_t m = 0; norm && m < x.M; m++) norm(y.rows + m * x.E, y.rows + m * x.E);
     });
     return y.rounded();
 }
@@ -265,7 +269,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpu_poor, m)
 {
     m.def("decoder_step(Tensor x, Tensor[] weights, Tensor layout, Tensor numbers, Tensor? cos, "
           "Tensor? sin, Tensor(a!) pages, Tensor(b!)? scales, Tensor? shift, Tensor block_table, "
-          "Tensor lengths, Tensor? starts) -> Tensor");
+          "Tensor lengths, Tensor? starts, int norm=0, float norm_eps=0.0) -> Tensor");
     m.def("decoder_qkv(Tensor x, Tensor[] weights, Tensor layout, Tensor numbers, Tensor? cos, "
           "Tensor? sin, int heads, int kv_heads, int head_dim) -> (Tensor, Tensor, Tensor)");
     m.def("decoder_out(Tensor x, Tensor attention, Tensor[] weights, Tensor layout, Tensor numbers)"

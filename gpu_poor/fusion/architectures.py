@@ -150,5 +150,12 @@ ACTIVATIONS = {
     "ReLU": Activation.RELU,
 }
 
+#: ``{name of a causal language model's class: what its forward returns}``, of those whose forward
+#: is the decoder's, ``lm_head`` and nothing else.
+HEADS = {
+    f"{family}ForCausalLM": "CausalLMOutputWithPast"
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "GPTNeoX", "Phi")
+} | {"GPT2LMHeadModel": "CausalLMOutputWithCrossAttentions"}
+
 #: ``{name of a model's class: its blocks' entry}``.
 DECODERS = {entry.decoder.name: entry for entry in ARCHITECTURES.values()}

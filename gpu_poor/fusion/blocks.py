@@ -52,7 +52,7 @@ def refusal(binding: Binding, x: Tensor) -> str | None:
         return "torch.jit.trace"
     if binding.watch.hooked is not None:
         return "a module inside has a hook"
-    if any(binding.watch.hooks) and (wanted := captured() - {"hidden_states"}):
+    if binding.watch.any_hooks and (wanted := captured() - {"hidden_states"}):
         return f"output_{min(wanted)}"
     return None
 

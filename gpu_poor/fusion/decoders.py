@@ -2,8 +2,8 @@
 
 What a block's own fused forward (gpu_poor/fusion/blocks.py) leaves to Python, and transformers
 does around the blocks, takes longer than the arithmetic when there is one token. So if every block
-is fused and the cache is in pages, the model's forward embeds the tokens, calls one operator, and
-norms what comes. In all other cases it is the model's own, which calls the blocks.
+is fused and the cache is in pages, the model's forward embeds the tokens and calls one operator,
+which norms what comes, too. In all other cases it is the model's own, which calls the blocks.
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gpu_poor import ops
 from gpu_poor.fusion.architectures import DECODERS, Architecture
-from gpu_poor.fusion.binding import Binding, NotFused, Watch, entry_of, original
+from gpu_poor.fusion.binding import Binding, NotFused, Watch, entry_of, norm_of, original
 from gpu_poor.fusion.blocks import (
     LAST,
     binding_of,
@@ -80,6 +80,8 @@ def _bind(model: nn.Module, entry: Architecture, watch: Watch) -> Binding:
             raise NotFused(f"block {i} is layer {binding.attention.layer_idx} of the cache")
         joined.tensors += binding.tensors
         rows.append(binding)
+    (kind, _), eps = norm_of(watch.child(model, entry.decoder.norm), joined)
+    joined.norm = kind, eps
     joined.layout = torch.cat([row.layout for row in rows])
     joined.numbers = torch.cat([row.numbers for row in rows])
     return joined
@@ -96,7 +98,7 @@ def forward(self: nn.Module, *args, **kwargs):
         return base(self, *args, **kwargs)
     follow()
     call = dict(zip(type(self)._gp_arguments, args, strict=False)) | kwargs
-    y = _step(self, call)
+    y = step(self, call)
     if isinstance(y, Tensor):
         self.__dict__[LAST] = None
         outputs = sys.modules["transformers.modeling_outputs"]
@@ -106,8 +108,8 @@ def forward(self: nn.Module, *args, **kwargs):
     return base(self, *args, **kwargs)
 
 
-def _step(model: nn.Module, call: dict) -> Tensor | str:
-    """The last hidden states, or why this call is no step."""
+def step(model: nn.Module, call: dict) -> Tensor | str:
+    """The last hidden states, normed, or why this call is no step."""
     cache, ids, x = (call.get(n) for n in ("past_key_values", "input_ids", "inputs_embeds"))
     if (ids is None) == (x is None):
         return "neither or both of input_ids and inputs_embeds"
@@ -132,6 +134,8 @@ def _step(model: nn.Module, call: dict) -> Tensor | str:
         x = getattr(model, names.embedding)(ids)
     if reason := refusal(binding, x):
         return reason
+    if x.dtype != (dtype := binding.tensors[-1].dtype):
+        return f"hidden states are {x.dtype}, the last norm's weight is {dtype}"
     if wanted := captured():
         return f"output_{min(wanted)}"
     position = call.get("position_ids")
@@ -147,18 +151,19 @@ def _step(model: nn.Module, call: dict) -> Tensor | str:
     size, parts = max(1, SLICE // max(batch, 1)), []
     try:
         for begin in range(0, max(tokens, 1), size):
-            part = slice(begin, begin + size)
-            angles = (t if t is None else t[:, part] for t in (cos, sin))
-            parts.append(_run(binding, cache, x[:, part], *angles))
+            given = x, cos, sin
+            if tokens > size:
+                given = (t if t is None else t[:, begin : begin + size] for t in given)
+            parts.append(_run(binding, cache, *given))
             cache.advance(parts[-1].shape[1])
     except BaseException:  # an interrupt too: as it was
         cache.advance(-sum(y.shape[1] for y in parts))
         raise
-    return getattr(model, names.norm)(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _run(binding: Binding, cache, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """What the blocks make of the next tokens, whose pages are reserved."""
+    """What the blocks and the last norm make of the next tokens, whose pages are reserved."""
     starts = cache.starts
     if starts is not None:  # padding may go on after these
         starts = starts.clamp(max=cache.layers[0].stored + x.shape[1])
@@ -175,6 +180,7 @@ def _run(binding: Binding, cache, x: Tensor, cos: Tensor | None, sin: Tensor | N
         cache.block_table,
         cache.lengths,
         starts,
+        *binding.norm,
     )
 
 

@@ -1,7 +1,8 @@
 """What makes ``generate`` of a model use pages: of the model's pool, or of one of its own dtype.
 
 Such a model is an object of a subclass of its class (:func:`generating_class`), with two methods
-more. The class has the name of the one it was made from; copies and pickles have it again.
+more, and where its head is known a forward (gpu_poor/fusion/heads.py). The class has the name of
+the one it was made from; copies and pickles have it again.
 """
 
 import functools
@@ -16,6 +17,7 @@ from gpu_poor import attention, memory
 from gpu_poor.fusion import company
 from gpu_poor.fusion.binding import original
 from gpu_poor.fusion.blocks import subclass
+from gpu_poor.fusion.heads import head_methods
 from gpu_poor.kv_cache.cache import PagedKVCache
 from gpu_poor.kv_cache.pool import FORMATS, SHARE_OF_AVAILABLE, PagePool, pages_needed
 from gpu_poor.modules import checked
@@ -67,9 +69,8 @@ def use_paged_kv_cache_if_available(
 def generating_class(cls: type) -> type:
     """The subclass that a model of class ``cls`` becomes whose ``generate`` uses pages."""
     methods = {"generate": generate, "_prepare_cache_for_generation": _prepare_cache}
-    return subclass(
-        cls, {name: functools.wraps(getattr(cls, name))(new) for name, new in methods.items()}
-    )
+    wrapped = {name: functools.wraps(getattr(cls, name))(new) for name, new in methods.items()}
+    return subclass(cls, wrapped | head_methods(cls))
 
 
 def generate(self, *args, **kwargs):

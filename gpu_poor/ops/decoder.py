@@ -105,7 +105,8 @@ def _(x, attention, weights, layout, numbers):
 
 
 @torch.library.register_fake("gpu_poor::decoder_step")
-def _(x, weights, layout, numbers, cos, sin, pages, scales, shift, block_table, lengths, starts):
+def _(x, weights, layout, numbers, cos, sin, pages, scales, shift, block_table, lengths, starts,
+      norm=0, norm_eps=0.0):  # fmt: skip
     _check("decoder_step", x, layout, numbers)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -159,6 +160,8 @@ def decoder_step(
     block_table: Tensor,
     lengths: Tensor,
     starts: Tensor | None,
+    norm: int = NormKind.ABSENT,
+    norm_eps: float = 0.0,
 ) -> Tensor:
     """One or more blocks in a row, attention and cache (gpu_poor/ops/attention.py) included.
 
@@ -168,10 +171,13 @@ def decoder_step(
             tokens, contiguous. scales: float16 ``[n, blocks, 2, G, page_size]`` of int8 pages. The
             new keys and values are stored in them after ``lengths`` int32 ``[B]``.
         shift: float32 ``[blocks, G, D]`` that keys are stored less; None: 0.
+        norm, norm_eps: of what comes out of the blocks, a :class:`NormKind` and its epsilon. Its
+            weight, and its bias if it has one, are the last of ``weights``.
 
     Returns:
         ``[B, T, E]`` of x's dtype. All arguments are checked before anything is stored.
     """
     return torch.ops.gpu_poor.decoder_step(
-        x, weights, layout, numbers, cos, sin, pages, scales, shift, block_table, lengths, starts
-    )
+        x, weights, layout, numbers, cos, sin, pages, scales, shift, block_table, lengths, starts,
+        int(norm), norm_eps,
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from blocks import angles, block, step
+from blocks import angles, block, normed, step
 from helpers import assert_equal, assert_within, heavy_tailed, random_int8
 
 from gpu_poor import isa, ops
@@ -76,7 +76,12 @@ SAMPLES = {
         (X.view(2, 3, 30), torch.randn(2, 3, 32), *block()),
         (X.view(2, 3, 30).half(), torch.randn(2, 3, 32).half(), *block()),
     ],
-    "decoder_step": [step(X.view(2, 3, 30)), step(X.view(6, 1, 30), 1, int8=True)],
+    "decoder_step": [
+        step(X.view(2, 3, 30)),
+        step(X.view(6, 1, 30), 1, int8=True),
+        normed(step(X.view(2, 3, 30)), 1),
+        normed(step(X.view(2, 3, 30).bfloat16()), 2),
+    ],
     "gptq": [
         (H.float(), torch.eye(30), torch.eye(30), 32, 0, 15, True, True, 2),
         (X, torch.eye(30), torch.eye(30), 30, -127, 127, False, False, 0),
