@@ -258,7 +258,10 @@ Tensor decoder_step(const Tensor &x_in, std::vector<Tensor> weights, const Tenso
             }
             block.out(in, attention, x.M, y.rows);
         }
-        for (int64_t m = 0; norm && m < x.M; m++) norm(y.rows + m * x.E, y.rows + m * x.E);
+        if (!norm) return;
+        parallel(x.M, 16, 4.0 * static_cast<double>(x.E), [&](int64_t begin, int64_t end) {
+            for (int64_t m = begin; m < end; m++) norm(y.rows + m * x.E, y.rows + m * x.E);
+        });
     });
     return y.rounded();
 }
