@@ -37,7 +37,7 @@ static float dot_row(const float *q, const void *k, gp_dtype type, int64_t at, i
     return fold(lane);
 }
 
-/* q = rint(x * 32767 / absmax); returns the scale. */
+/* q = rint(x * GP_WORD_MAX / absmax); returns the scale. */
 static float quantize(const float *x, int64_t n, int16_t *q)
 {
     const gp_word_grid grid = gp_grid_of_words(gp_absmax(x, n));
@@ -47,9 +47,8 @@ static float quantize(const float *x, int64_t n, int16_t *q)
 
 static float score_bytes(const int16_t *q, float q_scale, const gp_pages *c, gp_place k)
 {
-    const int8_t *row = (const int8_t *)c->pages + k.row;
     int32_t sum = 0;
-    for (int64_t d = 0; d < c->D; d++) sum += q[d] * row[d];
+    for (int64_t d = 0; d < c->D; d++) sum += q[d] * gp_get_byte(c, 0, k, d);
     return (float)sum * q_scale * gp_f16_to_float(c->scales[k.scale]);
 }
 
@@ -77,7 +76,7 @@ static void sum_bytes(const gp_attend *a, gp_span seen, const float *p, float *o
     const float w_scale = quantize(w, GP_CHUNK, w16);
     for (int64_t slot = seen.begin; slot < seen.end; slot++) {
         const gp_place v = gp_slot(c, a->table, 1, a->kv_head, slot);
-        for (int64_t d = 0; d < c->D; d++) sum[d] += w16[slot - a->from] * ((const int8_t *)c->pages)[v.row + d];
+        for (int64_t d = 0; d < c->D; d++) sum[d] += w16[slot - a->from] * gp_get_byte(c, 1, v, d);
     }
     for (int64_t d = 0; d < c->D; d++) out[d] = (float)sum[d] * w_scale;
 }

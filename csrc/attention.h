@@ -8,17 +8,37 @@
 
 #include "common.h"
 
-/* Where in `pages` a slot's key (part 0) or value (1) begins, and its index in `scales`. */
+/* Where in `pages` the first element of a slot's key (part 0) or value (1) lies, and its index in `scales`. */
 typedef struct {
     int64_t row, scale;
 } gp_place;
 
+/* From the beginning of a head's int8 keys or values to the first element of a slot, and from there to element d. */
+GP_INLINE int64_t gp_byte_row(int part, int64_t D, int64_t slot)
+{
+    return part ? slot / 4 * 4 * D + slot % 4 : slot / GP_SLOTS * GP_SLOTS * D + slot % GP_SLOTS * 4;
+}
+
+GP_INLINE int64_t gp_byte_step(int part, int64_t d) { return part ? 4 * d : d / 4 * 4 * GP_SLOTS + d % 4; }
+
 GP_INLINE gp_place gp_slot(const gp_pages *c, const int32_t *table, int part, int64_t head,
                            int64_t slot)
 {
-    const int64_t page = table[slot / c->page_size];
-    const int64_t row = (part * c->kv_heads + head) * c->page_size + slot % c->page_size;
-    return (gp_place){page * c->page_stride + row * c->D, page * c->scale_stride + row};
+    const int64_t page = table[slot / c->page_size], at = slot % c->page_size;
+    const int64_t first = (part * c->kv_heads + head) * c->page_size;
+    const int64_t row = c->type == GP_I8 ? first * c->D + gp_byte_row(part, c->D, at) : (first + at) * c->D;
+    return (gp_place){page * c->page_stride + row, page * c->scale_stride + first + at};
+}
+
+/* Element d of an int8 row, which begins at `at.row`. */
+GP_INLINE int gp_get_byte(const gp_pages *c, int part, gp_place at, int64_t d)
+{
+    return ((const uint8_t *)c->pages)[at.row + gp_byte_step(part, d)] - 128;
+}
+
+GP_INLINE void gp_set_byte(const gp_pages *c, int part, gp_place at, int64_t d, int q)
+{
+    ((uint8_t *)c->pages)[at.row + gp_byte_step(part, d)] = (uint8_t)(q + 128);
 }
 
 /* 2^x for x <= 0, within 2 ulp; 0 below -126, a NaN stays one. 2^n by its bits, times a polynomial for the
@@ -39,8 +59,10 @@ GP_INLINE float gp_exp2(float x)
     return p * gp_from_bits((gp_bits(shifted) << 23) + 0x3f800000u);
 }
 
-/* How int8 pages are summed: a query row, or the weights of a chunk, as integers x * inverse of 16 bits.
- * inverse is 0, and all the integers then, of zeros (the scale is 1) and of what holds no finite number (NaN). */
+/* How int8 pages are summed: a query row, or the weights of a chunk, as integers x * inverse of 16 bits, which
+ * are 256 high + low of two signed bytes: 32639 = 256 * 127 + 127 is the largest. inverse is 0, and all the integers then, of zeros (the scale is 1) and of what holds no finite number (NaN). */
+#define GP_WORD_MAX 32639
+#define GP_WORDS (16 + GP_HEAD_DIM_MAX + 16) /* of a row, and zeros on both sides */
 typedef struct {
     float scale, inverse;
 } gp_word_grid;
@@ -60,10 +82,10 @@ GP_INLINE gp_word_grid gp_grid_of_words(uint32_t absmax)
 {
     const float top = gp_from_bits(absmax);
     if (absmax >= 0x7f800000u) return (gp_word_grid){NAN, 0};
-    return top > GP_TINY ? (gp_word_grid){top / 32767, 32767 / top} : (gp_word_grid){1, 0};
+    return top > GP_TINY ? (gp_word_grid){top / GP_WORD_MAX, GP_WORD_MAX / top} : (gp_word_grid){1, 0};
 }
 
-static_assert(GP_CHUNK <= GP_HEAD_DIM_MAX && 128LL * 32767 * GP_HEAD_DIM_MAX <= INT32_MAX,
+static_assert(GP_CHUNK <= GP_HEAD_DIM_MAX && 128LL * GP_WORD_MAX * GP_HEAD_DIM_MAX <= INT32_MAX,
               "sums of 16 bits times 8 are exact in int32");
 
 /* What is left of a row that has seen nothing. */

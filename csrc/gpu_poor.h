@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-typedef enum { GP_F32, GP_BF16, GP_F16, GP_I8 } gp_dtype; /* GP_I8: of weights only */
+typedef enum { GP_F32, GP_BF16, GP_F16, GP_I8 } gp_dtype; /* GP_I8: of weights and pages only */
 static inline int64_t gp_size(gp_dtype type) { return type == GP_F32 ? 4 : type == GP_I8 ? 1 : 2; }
 
 /* Activations are stored in rows padded with zeros to this many elements, so that no kernel needs
@@ -162,8 +162,16 @@ typedef enum { GP_SILU, GP_GELU, GP_GELU_TANH, GP_RELU } gp_activation;
 
 /* Keys and values of one layer, in pages of page_size tokens; slot s of a sequence lies in page
  * table[s / page_size], of which a head's tokens lie together:
- *     pages[page][k, v][kv_head][slot % page_size][D]      float32, bfloat16, float16 or int8
- *     scales[page][k, v][kv_head][slot % page_size]        float16, of int8 pages; value = q * scale */
+ *     pages[page][k, v][kv_head][slot % page_size][D]      float32, bfloat16, float16
+ *     scales[page][k, v][kv_head][slot % page_size]        float16, of int8 pages; value = q * scale
+ * Of int8 pages a head's part, as large, has the order in which the kernels multiply it, with the slots of a
+ * page in tiles of GP_SLOTS, and of elements or slots in fours:
+ *     keys[slot / 16][d / 4][slot % 16][d % 4]             q + 128, unsigned
+ *     values[slot / 4][d][slot % 4]                        q + 128, unsigned
+ * so that a register of keys has 16 tokens beside each other, whose scores it leaves without a sum across
+ * lanes, and one of values 4 tokens of each element; +128 because vpdpbusd wants one factor unsigned. There
+ * page_size is a multiple of GP_SLOTS, D of 4. */
+#define GP_SLOTS 16
 #define GP_HEAD_DIM_MAX 512
 #define GP_CHUNK 256 /* slots that one call of attend_chunk takes */
 #define GP_PARTIAL(D) ((D) + 2)

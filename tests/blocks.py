@@ -45,13 +45,13 @@ def angles(tokens: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def step(x: torch.Tensor, blocks: int = 2, int8: bool = False) -> tuple:
-    """Arguments of decoder_step: 3 pages of 4 slots to a sequence, of which 5 are full."""
+    """Arguments of decoder_step: 3 pages of 16 slots to a sequence, of which 17 are full."""
     batch, tokens, _ = x.shape
-    shape = (3 * batch, blocks, 2, G, 4)
+    shape = (3 * batch, blocks, 2, G, 16)
     arena = torch.zeros(*shape, D, dtype=torch.int8 if int8 else torch.float32)
     scales = torch.zeros(shape, dtype=torch.float16) if int8 else None
     table = torch.arange(3 * batch, dtype=torch.int32).view(batch, 3)
-    lengths = torch.full((batch,), 5, dtype=torch.int32)
+    lengths = torch.full((batch,), 17, dtype=torch.int32)
     starts = torch.arange(batch, dtype=torch.int32)
     shift = torch.randn(blocks, G, D) if int8 else None
     pages = arena, scales, shift

@@ -185,6 +185,8 @@ def test_16_bit_models_keep_their_dtype(family, dtype):
 @pytest.mark.parametrize("form", ["fp32", "int8"])
 def test_bits_depend_on_the_sequence_only(family, form, monkeypatch):
     """Not on threads, on the batch and its padding, or on how many tokens come at a time."""
+    if family == "gpt2":  # its heads of 30 are none that int8 can have
+        monkeypatch.setitem(FAMILIES[family][2], "n_head", 5)
     model, ids, before = make(family), tokens(3, 40), torch.get_num_threads()
     pool = PagePool(model, format=form, kv_memory="8MB", page_size=16)
 

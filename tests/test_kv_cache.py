@@ -52,8 +52,9 @@ def test_generate_gives_the_tokens_of_the_models_own_cache(name):
 def test_greedy_tokens_depend_on_the_sequence_only(name, format):
     """Not on the page size, the batch, padding, a shared prefix or how prefill was cut."""
     ids = tokens(16, 36)
-    expected = generate(paged(name, format, 1), ids)
-    model = make_model(name)
+    changes = dict(n_head=5) if name == "gpt2" and format == "int8" else {}  # of 24, not 30
+    expected = generate(paged(name, format, 32 if format == "int8" else 1, **changes), ids)
+    model = make_model(name, **changes)
     for page_size in (16, 64, 256):
         use_paged_kv_cache_if_available(model, format, "40MB", page_size)
         for batch in (1, 16):
@@ -302,6 +303,7 @@ def test_gradients_and_foreign_shapes_are_refused():
         (dict(kv_memory="100B"), "less than a page"),
         (dict(page_size=0), "page_size"),
         (dict(page_size="64"), "page_size"),
+        (dict(page_size=24), "page_size=24: int8 needs a multiple of 16; fp32, bf16, fp16 take"),
     ],
     ids=str,
 )
@@ -310,6 +312,15 @@ def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         use_paged_kv_cache_if_available(model, **options)
     assert not hasattr(model, "_gp_kv_pool")
+
+
+def test_heads_that_int8_cannot_have():
+    model = make_model("gpt2")
+    with pytest.raises(ValueError, match="heads of 30: int8 needs .* 4; fp32, bf16, fp16 take any"):
+        use_paged_kv_cache_if_available(model, "int8", "20MB")
+    assert not hasattr(model, "_gp_kv_pool")
+    use_paged_kv_cache_if_available(model, "fp16", "20MB")
+    assert model._gp_kv_pool.head_dim == 30
 
 
 def test_who_cannot_have_it_is_returned_as_it_was():

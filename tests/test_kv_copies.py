@@ -61,7 +61,7 @@ def test_a_copied_model_has_an_empty_pool_of_its_own(made, copied, format):
     assert out.past_key_values.pool is other
 
 
-@pytest.mark.parametrize("made", [lambda: paged("gpt2", "int8"), lambda: fused("int8")])
+@pytest.mark.parametrize("made", [lambda: paged("gpt2", "int8", n_head=5), lambda: fused("int8")])
 def test_a_saved_model_is_an_ordinary_one(made, tmp_path):
     model = made()
     with torch.no_grad():
@@ -240,11 +240,11 @@ def test_an_abandoned_stream_frees_the_pages():
 
 
 def test_two_threads_share_a_model_and_its_pool():
-    model = paged("llama", "int8", page_size=4)
+    model = paged("llama", "int8", page_size=16)
     prompts = [tokens(b, 20) for b in (1, 2, 3, 1)]
     expected = [generate(model, ids, max_new_tokens=24) for ids in prompts]
     model = use_paged_kv_cache_if_available(
-        model, "int8", model._gp_kv_pool.page_bytes * 40, page_size=4
+        model, "int8", model._gp_kv_pool.page_bytes * 10, page_size=16
     )
     wrong, refused, done = [], [], []
 

@@ -46,7 +46,8 @@ def peak(monkeypatch) -> list[int]:
 def test_the_same_tokens_in_few_pages(name, format, peak):
     """Those of a cache that keeps everything: pages of one more token than there are."""
     ids = tokens(2, 20)
-    model = paged(name, format, PAGE, sliding_window=WINDOW)
+    page = 16 if format == "int8" else PAGE
+    model = paged(name, format, page, sliding_window=WINDOW)
     whole = paged(name, format, 256, sliding_window=WINDOW)
     want = generate(whole, ids, max_new_tokens=90)
     if format == "fp32":
@@ -54,7 +55,7 @@ def test_the_same_tokens_in_few_pages(name, format, peak):
         assert_equal(want, generate(plain, ids, max_new_tokens=90))
     peak[0] = 0
     assert_equal(generate(model, ids, max_new_tokens=90), want)
-    assert peak[0] == 2 * MOST and free(model)
+    assert peak[0] == 2 * (-(-(WINDOW - 1) // page) + 1) and free(model)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     padded = generate(whole, ids, max_new_tokens=90, attention_mask=mask)

@@ -20,6 +20,13 @@ static bool dense_pages(const Tensor &t)
     return t.size(0) <= 1 || t.stride(0) >= stride;
 }
 
+void check_layout(const char *op, const gp_pages &layer)
+{
+    STD_TORCH_CHECK(layer.type != GP_I8 || (layer.page_size % GP_SLOTS == 0 && layer.D % 4 == 0), op,
+                    ": int8 pages need a page_size that is a multiple of ", GP_SLOTS,
+                    " and a head_dim that is one of 4, got ", layer.page_size, " and ", layer.D);
+}
+
 static gp_pages layer_of(const char *op, const Tensor &pages, const std::optional<Tensor> &scales)
 {
     STD_TORCH_CHECK(pages.dim() == 5 && pages.size(1) == 2 && pages.is_cpu(), op,
@@ -38,9 +45,11 @@ static gp_pages layer_of(const char *op, const Tensor &pages, const std::optiona
     }
     STD_TORCH_CHECK(fits, op, ": int8 pages need float16 scales [n, 2, kv_heads, page_size], others none");
     gp_dtype type = int8 ? GP_I8 : float_type(pages.scalar_type(), op, "pages");
-    return {type, heads, D, size, pages.data_ptr(), pages.stride(0),
-            scales ? static_cast<uint16_t *>(scales->data_ptr()) : nullptr,
-            scales ? scales->stride(0) : 0};
+    const gp_pages layer = {type, heads, D, size, pages.data_ptr(), pages.stride(0),
+                            scales ? static_cast<uint16_t *>(scales->data_ptr()) : nullptr,
+                            scales ? scales->stride(0) : 0};
+    check_layout(op, layer);
+    return layer;
 }
 
 static const int32_t *integers(const char *op, const char *name, const Tensor &t, int64_t dim, int64_t batch)
@@ -102,10 +111,14 @@ void append(const Pages &pages, const float *k, const float *v, int64_t stride, 
                              for (int64_t d = 0; d < D; d++) centered[d] = row[d] - shift[g * D + d];
                              row = centered;
                          }
-                         const uint16_t scale =
+                         if (layer.type == GP_I8) {
+                             int8_t q[GP_HEAD_DIM_MAX];
+                             layer.scales[at.scale] = gp.page_store_row(row, D, GP_I8, q);
+                             for (int64_t d = 0; d < D; d++) gp_set_byte(&layer, part, at, d, q[d]);
+                         } else {
                              gp.page_store_row(row, D, layer.type,
                                                static_cast<char *>(layer.pages) + at.row * size);
-                         if (layer.scales) layer.scales[at.scale] = scale;
+                         }
                      }
                  }
              });
@@ -347,8 +360,10 @@ std::tuple<Tensor, Tensor> paged_gather(const Tensor &pages, const std::optional
             const gp_place at = gp_slot(&layer, p.table(b), part, g, slot);
             const char *in = static_cast<const char *>(layer.pages) + at.row * gp_size(layer.type);
             if (layer.type == GP_I8) {
-                gp.int8_dequantize_row(reinterpret_cast<const int8_t *>(in),
-                                       gp_f16_to_float(layer.scales[at.scale]), 0, D, y, type);
+                int8_t q[GP_HEAD_DIM_MAX];
+                for (int64_t d = 0; d < D; d++)
+                    q[d] = static_cast<int8_t>(gp_get_byte(&layer, part, at, d));
+                gp.int8_dequantize_row(q, gp_f16_to_float(layer.scales[at.scale]), 0, D, y, type);
             } else if (layer.type == type) {
                 std::memcpy(y, in, static_cast<size_t>(out_bytes));
             } else {

@@ -38,6 +38,9 @@ struct Pages {
 Pages pages_of(const char *op, const Tensor &pages, const std::optional<Tensor> &scales,
                const Tensor &block_table, int64_t batch);
 
+/* Throws if int8 pages have a size that their order does not allow: gpu_poor.h. */
+void check_layout(const char *op, const gp_pages &layer);
+
 /* Throws unless slots [first new one, or the first that it sees; lengths + T) of each sequence lie in
  * pages there are. Entries of the table before those, of pages that were given back, are not read.
  * Not for use inside a parallel region; append and attend rely on it. */

@@ -154,6 +154,7 @@ class Arena {
         layer.pages = arena.data_ptr(), layer.page_stride = arena.stride(0);
         layer.scales = scales ? static_cast<uint16_t *>(scales->data_ptr()) : nullptr;
         layer.scale_stride = scales ? scales->stride(0) : 0;
+        check_layout(op, layer);
         if (shift) {
             STD_TORCH_CHECK(shift->scalar_type() == ScalarType::Float && shift->dim() == 3 &&
                                 shift->size(0) == layers && shift->size(1) == layer.kv_heads &&

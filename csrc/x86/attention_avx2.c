@@ -63,11 +63,16 @@ INLINE void v16_store_as(void *y, gp_dtype type, int64_t i, v16 v)
     store8(y, type, i, v.a), store8(y, type, i + 8, v.b);
 }
 
+INLINE __m256 rint8(__m256 v)
+{
+    return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+INLINE v16 v16_rint(v16 v) { return (v16){rint8(v.a), rint8(v.b)}; }
+
 /* gp_page_value of what is multiplied already */
 INLINE __m256 page_value8(__m256 v)
 {
-    const __m256 q = _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm256_max_ps(_mm256_min_ps(q, _mm256_set1_ps(127)), _mm256_set1_ps(-127));
+    return _mm256_max_ps(_mm256_min_ps(rint8(v), _mm256_set1_ps(127)), _mm256_set1_ps(-127));
 }
 INLINE v16 v16_page_value(v16 v) { return (v16){page_value8(v.a), page_value8(v.b)}; }
 
@@ -109,61 +114,50 @@ INLINE void v16_fold_tile(const v16 sum[TILE], float *out)
 
 /* -- int8: attention_bytes.h ------------------------------------------------------------------- */
 
-#define WORDS 16
-#define WORD_TILE 8
-#define WORD_STRIP 1 /* x 4 heads x 2 halves: 8 sums */
+#define LANES 4 /* each two sums, of two products each */
 
-typedef __m256i words;
+typedef struct {
+    int16_t w[GP_WORDS];
+} words;
+typedef __m256i quad, bytes, sums, lanes;
 
-INLINE words words_zero(void) { return _mm256_setzero_si256(); }
-INLINE words words_load(const void *x) { return _mm256_loadu_si256((const __m256i *)x); }
-INLINE void words_store(void *y, words v) { _mm256_storeu_si256((__m256i *)y, v); }
-INLINE words words_set1(int32_t pair) { return _mm256_set1_epi32(pair); }
-INLINE words words_low(words a, words b) { return _mm256_unpacklo_epi16(a, b); }
-INLINE words words_high(words a, words b) { return _mm256_unpackhi_epi16(a, b); }
-INLINE words words_dot(words a, words b, words sum) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-
-/* Bytes of a row, zero beyond `left` of them. */
-INLINE words words_row(const int8_t *x, int64_t left)
-{
-    if (left >= 16) return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)x));
-    int8_t row[16] = {0};
-    memcpy(row, x, (size_t)left);
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)row));
-}
-
-INLINE int32_t words_fold(words v)
-{
-    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    x = _mm_hadd_epi32(x, x);
-    return _mm_cvtsi128_si32(_mm_hadd_epi32(x, x));
-}
-
-/* In each half, the sums of four registers' four lanes. */
-INLINE words fold_quads(const words *x)
-{
-    return _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
-}
-
-INLINE void words_fold_tile(const words sum[WORD_TILE], float *out)
-{
-    const words x = fold_quads(sum), y = fold_quads(sum + 4);
-    const words z = _mm256_add_epi32(_mm256_permute2x128_si256(x, y, 0x20), _mm256_permute2x128_si256(x, y, 0x31));
-    _mm256_storeu_ps(out, _mm256_cvtepi32_ps(z));
-}
-
-/* out = sums * scale, in their order: low has the first four of each eight, high the others. */
-INLINE void words_store_floats(words low, words high, float scale, float *out)
-{
-    const __m256i x[2] = {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
-    for (int i = 0; i < 2; i++)
-        _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(_mm256_cvtepi32_ps(x[i]), _mm256_set1_ps(scale)));
-}
-
-INLINE void v16_store_words(int16_t *q, v16 v)
+INLINE void words_store(words *w, int64_t i, v16 v)
 {
     const __m256i x = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));
-    _mm256_storeu_si256((__m256i *)q, _mm256_permute4x64_epi64(x, 0xd8));
+    _mm256_storeu_si256((__m256i *)(w->w + 16 + i), _mm256_permute4x64_epi64(x, 0xd8));
+}
+
+INLINE quad quad_load(const words *w, int64_t i)
+{
+    int64_t x;
+    memcpy(&x, w->w + 16 + i, 8);
+    return _mm256_set1_epi64x(x);
+}
+
+/* Of LANES fours; there are always so many left, because D is a multiple of 4. */
+INLINE bytes bytes_load(const char *x, int64_t left)
+{
+    (void)left;
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)x));
+}
+
+INLINE lanes lanes_zero(void) { return _mm256_setzero_si256(); }
+INLINE sums sums_of(lanes x) { return x; }
+INLINE lanes lanes_of(sums s) { return s; }
+/* Both as one: gcc 12 does all products first, and spills sums for them. */
+INLINE sums sums_dot(sums s, bytes x, quad w)
+{
+    __m256i product;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(s), "=&x"(product) : "x"(x), "x"(w));
+    return s;
+}
+
+/* y = (x - bias) * scale, of LANES of them. */
+INLINE void lanes_store(lanes x, int32_t bias, float scale, float *y)
+{
+    const __m256i pairs = _mm256_permute4x64_epi64(_mm256_hadd_epi32(x, x), 0x08);
+    const __m128i sum = _mm_sub_epi32(_mm256_castsi256_si128(pairs), _mm_set1_epi32(bias));
+    _mm_storeu_ps(y, _mm_mul_ps(_mm_cvtepi32_ps(sum), _mm_set1_ps(scale)));
 }
 
 /* Largest magnitude so far, as bits. */

@@ -39,11 +39,15 @@ INLINE void v16_store_as(void *y, gp_dtype type, int64_t i, v16 v)
     store16(y, type, i, (__mmask16)0xffff, v);
 }
 
+INLINE v16 v16_rint(v16 v)
+{
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 /* gp_page_value of what is multiplied already */
 INLINE v16 v16_page_value(v16 v)
 {
-    const v16 q = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm512_max_ps(_mm512_min_ps(q, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
+    return _mm512_max_ps(_mm512_min_ps(v16_rint(v), _mm512_set1_ps(127)), _mm512_set1_ps(-127));
 }
 
 INLINE void v16_store_bytes(int8_t *y, v16 v)
@@ -95,68 +99,55 @@ INLINE void v16_fold_tile(const v16 sum[TILE], float *out)
 
 /* -- int8: attention_bytes.h ------------------------------------------------------------------- */
 
-#define WORDS 32
-#define WORD_TILE 16
-#define WORD_STRIP 2 /* x 4 heads x 2 halves: 16 sums */
+#define LANES 16
 
-typedef __m512i words;
+/* w = 256 high + low */
+typedef struct {
+    int8_t high[GP_WORDS], low[GP_WORDS];
+} words;
+typedef struct {
+    __m512i high, low;
+} quad, sums;
+typedef __m512i bytes, lanes;
 
-INLINE words words_zero(void) { return _mm512_setzero_si512(); }
-INLINE words words_load(const void *x) { return _mm512_loadu_si512(x); }
-INLINE void words_store(void *y, words v) { _mm512_storeu_si512(y, v); }
-INLINE words words_set1(int32_t pair) { return _mm512_set1_epi32(pair); }
-INLINE words words_low(words a, words b) { return _mm512_unpacklo_epi16(a, b); }
-INLINE words words_high(words a, words b) { return _mm512_unpackhi_epi16(a, b); }
+INLINE void words_store(words *w, int64_t i, v16 v)
+{
+    const __m512i x = _mm512_cvtps_epi32(v);
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
+    _mm_storeu_si128((__m128i *)(w->high + 16 + i), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128((__m128i *)(w->low + 16 + i), _mm512_cvtepi32_epi8(x));
+}
+
+INLINE quad quad_load(const words *w, int64_t i)
+{
+    int32_t high, low;
+    memcpy(&high, w->high + 16 + i, 4), memcpy(&low, w->low + 16 + i, 4);
+    return (quad){_mm512_set1_epi32(high), _mm512_set1_epi32(low)};
+}
+
+/* Of LANES fours, zero beyond `left` of them. */
+INLINE bytes bytes_load(const char *x, int64_t left)
+{
+    return left >= LANES ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi32(tail_mask(left), x);
+}
+
+INLINE lanes lanes_zero(void) { return _mm512_setzero_si512(); }
+INLINE sums sums_of(lanes x) { return (sums){_mm512_setzero_si512(), x}; }
+INLINE lanes lanes_of(sums s) { return _mm512_add_epi32(_mm512_slli_epi32(s.high, 8), s.low); }
+
 /* As int8_avx512_vnni.c: gcc 12 spills the accumulators of the intrinsic. */
-INLINE words words_dot(words a, words b, words sum)
+INLINE sums sums_dot(sums s, bytes x, quad w)
 {
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-    return sum;
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(s.high) : "v"(x), "v"(w.high));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(s.low) : "v"(x), "v"(w.low));
+    return s;
 }
 
-/* Bytes of a row, zero beyond `left` of them. */
-INLINE words words_row(const int8_t *x, int64_t left)
+/* y = (x - bias) * scale, of LANES of them. */
+INLINE void lanes_store(lanes x, int32_t bias, float scale, float *y)
 {
-    const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
-    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, x));
-}
-
-INLINE int32_t words_fold(words v) { return _mm512_reduce_add_epi32(v); }
-
-/* In each 128 bits, the sums of four registers' four lanes. */
-INLINE words fold_quads(const words *x)
-{
-    const words u = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
-    const words v = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(u, v), _mm512_unpackhi_epi64(u, v));
-}
-/* Neighbours among the 128 bits of two registers. */
-INLINE words fold_halves(words x, words y)
-{
-    return _mm512_add_epi32(_mm512_shuffle_i64x2(x, y, 0x88), _mm512_shuffle_i64x2(x, y, 0xdd));
-}
-
-INLINE void words_fold_tile(const words sum[WORD_TILE], float *out)
-{
-    const words x = fold_halves(fold_quads(sum), fold_quads(sum + 4));
-    const words y = fold_halves(fold_quads(sum + 8), fold_quads(sum + 12));
-    _mm512_storeu_ps(out, _mm512_cvtepi32_ps(fold_halves(x, y)));
-}
-
-/* out = sums * scale, in their order: low has the first four of each eight, high the others. */
-INLINE void words_store_floats(words low, words high, float scale, float *out)
-{
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    const words x[2] = {_mm512_permutex2var_epi64(low, first, high),
-                        _mm512_permutex2var_epi64(low, second, high)};
-    for (int i = 0; i < 2; i++)
-        _mm512_storeu_ps(out + 16 * i, _mm512_mul_ps(_mm512_cvtepi32_ps(x[i]), _mm512_set1_ps(scale)));
-}
-
-INLINE void v16_store_words(int16_t *q, v16 v)
-{
-    _mm256_storeu_si256((__m256i *)q, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(bias)));
+    _mm512_storeu_ps(y, _mm512_mul_ps(sum, _mm512_set1_ps(scale)));
 }
 
 /* Largest magnitude so far, as bits. */

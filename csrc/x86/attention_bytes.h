@@ -1,173 +1,179 @@
 /* SPDX-License-Identifier: MIT
  *
- * The int8 half of attention_template.h, sums of 16 bits times 8. A register `words` holds WORDS integers of 16
- * bits, or half as many sums: words_dot adds the products of two neighbours to each, which are neighbours in a
- * row for the scores, the same element of two tokens for the values. Scores come in tiles of WORD_TILE sums
- * as there; of values the sums of WORD_STRIP registers of bytes stay in registers.
+ * The int8 half of attention_template.h. Of a page come `bytes`, LANES times four that lie beside each other:
+ * elements of a key, or tokens of one element of the values. Their products with a `quad` of `words`, four
+ * elements of a query or the weights of four tokens, are `sums`. The bytes are q + 128, which adds 128 times the
+ * sum of the words to each: their `bias`. Sums may wrap on the way, but not what is left without that.
  */
+#define BYTE_TILE 8 /* sums in registers, of so many heads times registers of bytes */
+#define BYTE_STRIP(R) (BYTE_TILE / (R) < 4 ? BYTE_TILE / (R) : 4)
 
-/* q = rint(x * inverse) of n floats, a multiple of 16, of the largest magnitudes in `top`; returns the scale. */
-INLINE float quantize_words(const float *x, int64_t n, v16 top, int16_t *q)
+typedef struct {
+    words x;
+    float scale;
+    int32_t bias;
+} factors;
+
+static_assert(GP_WORD_MAX * GP_HEAD_DIM_MAX < 1 << 24, "sums of words are exact as floats");
+
+/* Words [begin, end) are rint(x * inverse), both multiples of 16; the largest magnitudes are in `top`. */
+INLINE void quantize_words(const float *x, int64_t begin, int64_t end, v16 top, factors *f)
 {
     const gp_word_grid grid = gp_grid_of_words(v16_bits(top));
-    if (grid.inverse > 0)
-        for (int64_t i = 0; i < n; i += 16)
-            v16_store_words(q + i, v16_mul(v16_load(x + i), v16_set1(grid.inverse)));
-    else
-        memset(q, 0, (size_t)n * sizeof(int16_t));
-    return grid.scale;
+    const v16 inverse = v16_set1(grid.inverse);
+    v16 sum = v16_zero();
+    for (int64_t i = begin; i < end; i += 16) {
+        const v16 q = grid.inverse > 0 ? v16_rint(v16_mul(v16_load(x + i), inverse)) : v16_zero();
+        sum = v16_add(sum, q);
+        words_store(&f->x, i, q);
+    }
+    f->scale = grid.scale;
+    f->bias = 128 * (int32_t)v16_fold(sum);
 }
 
-INLINE float quantize_query(const float *q, float scale, int64_t D, int16_t *words_of_q)
+INLINE void quantize_queries(const gp_attend *a, int64_t first, int R, factors *q)
 {
-    float x[GP_HEAD_DIM_MAX];
-    v16 top = v16_zero();
-    int64_t d = 0;
-    for (; d < D; d += 16) {
-        const v16 v = v16_mul(v16_row(q, GP_F32, d, D - d), v16_set1(scale));
-        v16_store(x + d, v);
-        top = v16_absmax(top, v);
-    }
-    for (; d % WORDS; d += 16) v16_store(x + d, v16_zero());
-    return quantize_words(x, d, top, words_of_q);
-}
-
-/* A row's dot products s become its weights w, whose scale is returned, in whole vectors; sum and maximum go to
- * `partial`. What it does not see has weight 0, whatever its scale. */
-INLINE float weigh(const gp_attend *a, gp_span seen, float *s, float q_scale, const float *k_scale,
-                   const float *v_scale, float *partial, int16_t *w)
-{
-    const int64_t begin = (seen.begin - a->from) / 16 * 16, end = seen.end - a->from, D = a->pages->D;
-    v16 m = v16_set1(-INFINITY), sum = v16_zero(), top = v16_zero();
-    for (int64_t t = begin; t < end; t += 16) {
-        const v16 scaled = v16_mul(v16_mul(v16_load(s + t), v16_set1(q_scale)), v16_load(k_scale + t));
-        const v16 x = v16_seen(scaled, a, seen, t, -INFINITY);
-        v16_store(s + t, x);
-        m = v16_max(x, m);
-    }
-    const float top_score = v16_highest(m);
-    for (int64_t t = begin; t < end; t += 16) {
-        const v16 p = v16_exp2(v16_sub(v16_load(s + t), v16_set1(top_score)));
-        const v16 x = v16_seen(v16_mul(p, v16_load(v_scale + t)), a, seen, t, 0);
-        sum = v16_add(sum, p);
-        v16_store(s + t, x);
-        top = v16_absmax(top, x);
-    }
-    partial[D] = top_score;
-    partial[D + 1] = v16_fold(sum);
-    return quantize_words(s + begin, gp_ceil_div(end, 16) * 16 - begin, top, w + begin);
-}
-
-/* (float)dot of R rows with TOKENS keys; q has rows of D_pad. */
-INLINE void score_bytes_tile(const int8_t *k, const char *next, int64_t D, int full, const int16_t *q, int R,
-                             int TOKENS, float *s)
-{
-    const int64_t D_pad = gp_ceil_div(D, WORDS) * WORDS;
-    words sum[WORD_TILE];
-    fetch(next, TOKENS * D);
-    for (int i = 0; i < R * TOKENS; i++) sum[i] = words_zero();
-    for (int64_t d = 0; d < D; d += WORDS) {
-        words x[ROWS];
-        for (int r = 0; r < R; r++) x[r] = words_load(q + r * D_pad + d);
-        for (int t = 0; t < TOKENS; t++) {
-            const words y = words_row(k + t * D + d, full ? WORDS : D - d);
-            for (int r = 0; r < R; r++) sum[r * TOKENS + t] = words_dot(x[r], y, sum[r * TOKENS + t]);
+    const int64_t D = a->pages->D;
+    float x[ROWS][GP_HEAD_DIM_MAX];
+    v16 top[ROWS];
+    for (int r = 0; r < R; r++) {
+        top[r] = v16_zero();
+        for (int64_t d = 0; d < D; d += 16) {
+            const v16 v = v16_mul(v16_row(row_query(a, first + r), GP_F32, d, D - d), v16_set1(a->scale));
+            v16_store(x[r] + d, v);
+            top[r] = v16_absmax(top[r], v);
         }
     }
-    float folded[WORD_TILE];
-    if (R * TOKENS == WORD_TILE)
-        words_fold_tile(sum, folded);
-    else
-        for (int i = 0; i < R * TOKENS; i++) folded[i] = (float)words_fold(sum[i]);
-    for (int r = 0; r < R; r++) memcpy(s + r * GP_CHUNK, folded + r * TOKENS, (size_t)TOKENS * sizeof(float));
+    for (int r = 0; r < R; r++) quantize_words(x[r], 0, gp_ceil_div(D, 16) * 16, top[r], q + r);
 }
 
-INLINE void score_bytes_run(run keys, int64_t D, int full, const int16_t *q, int R, float *s)
-{
-    const int8_t *k = (const int8_t *)keys.data;
-    int64_t t = 0;
-    for (; t + WORD_TILE / R <= keys.n; t += WORD_TILE / R)
-        score_bytes_tile(k + t * D, keys.next + t * D, D, full, q, R, WORD_TILE / R, s + keys.t + t);
-    for (; t < keys.n; t++) score_bytes_tile(k + t * D, keys.next + t * D, D, full, q, R, 1, s + keys.t + t);
-}
+#define SCORES (16 + GP_CHUNK + 16) /* of a row: what tiles of slots at both ends of a chunk take */
 
-/* sum[r] += w v of one or two tokens and V registers of their rows: the halves low and high of each. */
-INLINE void add_tokens(const int8_t *v, int64_t D, int64_t left, const int16_t *w, int TOKENS, int R, int V,
-                       words sum[ROWS][2 * WORD_STRIP])
+/* R rows of scores, yet without the keys' scales, become weights, in whole vectors; sum and maximum go to
+ * `partial`. What a row does not see has the weight 0, whatever its scale. All rows take each step together:
+ * while one waits for the maximum of its lanes, there is something to do for another. */
+INLINE void weigh(const gp_attend *a, int64_t first, int R, float *scores, const float *k_scale,
+                  const float *v_scale, factors *w)
 {
-    words pair[2 * WORD_STRIP];
-    for (int i = 0; i < V; i++) {
-        const words x = words_row(v + i * WORDS, left);
-        const words y = TOKENS == 2 ? words_row(v + D + i * WORDS, left) : words_zero();
-        pair[2 * i] = words_low(x, y), pair[2 * i + 1] = words_high(x, y);
-    }
-    for (int r = 0; r < R; r++) {
-        int32_t both = 0;
-        memcpy(&both, w + r * GP_CHUNK, (size_t)TOKENS * sizeof(int16_t));
-        for (int i = 0; i < 2 * V; i++) sum[r][i] = words_dot(pair[i], words_set1(both), sum[r][i]);
-    }
-}
-
-/* total[r][d .. d + V WORDS) += sum over a run of w v, in the order that words_low and words_high leave. */
-INLINE void bytes_strip(run values, int64_t D, int64_t d, int full, const int16_t *w, int R, int V,
-                        int32_t (*total)[GP_HEAD_DIM_MAX])
-{
-    const int64_t left = full ? WORDS : D - d;
-    const int8_t *v = (const int8_t *)values.data + d;
-    words sum[ROWS][2 * WORD_STRIP];
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < 2 * V; i++) sum[r][i] = words_load(total[r] + d + i * WORDS / 2);
-    int64_t t = 0;
-    for (; t + 2 <= values.n; t += 2) {
-        for (int i = 0; i < 2; i++) fetch(values.next + (t + i) * D + d, V * WORDS);
-        add_tokens(v + t * D, D, left, w + values.t + t, 2, R, V, sum);
-    }
-    if (t < values.n) {
-        fetch(values.next + t * D + d, V * WORDS);
-        add_tokens(v + t * D, D, left, w + values.t + t, 1, R, V, sum);
-    }
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < 2 * V; i++) words_store(total[r] + d + i * WORDS / 2, sum[r][i]);
-}
-
-INLINE void bytes_run(run values, int64_t D, const int16_t *w, int R, int32_t (*total)[GP_HEAD_DIM_MAX])
-{
-    int64_t d = 0;
-    for (; d + WORD_STRIP * WORDS <= D; d += WORD_STRIP * WORDS)
-        bytes_strip(values, D, d, 1, w, R, WORD_STRIP, total);
-    for (; d + WORDS <= D; d += WORDS) bytes_strip(values, D, d, 1, w, R, 1, total);
-    if (d < D) bytes_strip(values, D, d, 0, w, R, 1, total);
-}
-
-INLINE void attend_byte_rows(const gp_attend *a, int64_t first, int R, const float *k_scale,
-                             const float *v_scale)
-{
-    const int64_t D = a->pages->D, D_pad = gp_ceil_div(D, WORDS) * WORDS;
+    const int64_t D = a->pages->D;
     const gp_span any = seen_by_any(a, first, R);
-    float s[ROWS * GP_CHUNK], q_scale[ROWS], w_scale[ROWS] = {0}, out[GP_HEAD_DIM_MAX];
-    int16_t q[ROWS * GP_HEAD_DIM_MAX], w[ROWS * GP_CHUNK];
-    int32_t total[ROWS][GP_HEAD_DIM_MAX];
+    float top_score[ROWS];
+    v16 top[ROWS];
     for (int r = 0; r < R; r++) {
-        q_scale[r] = quantize_query(row_query(a, first + r), a->scale, D, q + r * D_pad);
-        memset(total[r], 0, sizeof(total[r]));
-    }
-    for (int64_t slot = any.begin; slot < any.end;) {
-        const run keys = run_at(a, any, 0, slot);
-        if (D % WORDS)
-            score_bytes_run(keys, D, 0, q, R, s);
-        else
-            score_bytes_run(keys, D, 1, q, R, s);
-        slot += keys.n;
+        const gp_span seen = row_seen(a, first + r);
+        float *s = scores + r * SCORES;
+        v16 m = v16_set1(-INFINITY);
+        for (int64_t t = (seen.begin - a->from) / 16 * 16; t < seen.end - a->from; t += 16) {
+            const v16 x = v16_seen(v16_mul(v16_load(s + t), v16_load(k_scale + t)), a, seen, t, -INFINITY);
+            v16_store(s + t, x);
+            m = v16_max(x, m);
+        }
+        top_score[r] = v16_highest(m);
     }
     for (int r = 0; r < R; r++) {
         const gp_span seen = row_seen(a, first + r);
-        int16_t *row = w + r * GP_CHUNK;
-        memset(row + any.begin - a->from, 0, (size_t)(any.end - any.begin) * sizeof(int16_t));
-        if (seen.begin < seen.end)
-            w_scale[r] = weigh(a, seen, s + r * GP_CHUNK, q_scale[r], k_scale, v_scale,
-                               a->partial + (first + r) * GP_PARTIAL(D), row);
+        float *s = scores + r * SCORES, *partial = a->partial + (first + r) * GP_PARTIAL(D);
+        v16 sum = v16_zero(), m = v16_zero();
+        for (int64_t t = (seen.begin - a->from) / 16 * 16; t < seen.end - a->from; t += 16) {
+            const v16 p = v16_exp2(v16_sub(v16_load(s + t), v16_set1(top_score[r])));
+            const v16 x = v16_seen(v16_mul(p, v16_load(v_scale + t)), a, seen, t, 0);
+            sum = v16_add(sum, p);
+            v16_store(s + t, x);
+            m = v16_absmax(m, x);
+        }
+        partial[D] = top_score[r];
+        partial[D + 1] = v16_fold(sum);
+        top[r] = m;
     }
-    for (int64_t slot = any.begin; slot < any.end;) {
+    for (int r = 0; r < R; r++) {
+        const gp_span seen = row_seen(a, first + r);
+        const int64_t begin = (seen.begin - a->from) / 16 * 16, end = gp_ceil_div(seen.end - a->from, 16) * 16;
+        quantize_words(scores + r * SCORES, begin, end, top[r], w + r);
+        for (int64_t t = begin - 16; t > any.begin - a->from - 32; t -= 16) words_store(&w[r].x, t, v16_zero());
+        for (int64_t t = end; t < any.end - a->from + 16; t += 16) words_store(&w[r].x, t, v16_zero());
+    }
+}
+
+/* Scores of R rows with V registers of slots, from slot t of a run on, which is a tile's first. */
+INLINE void score_slots(run keys, int64_t t, int64_t D, const factors *q, int R, int V, float *s)
+{
+    sums sum[BYTE_TILE];
+    for (int i = 0; i < R * V; i++) sum[i] = sums_of(lanes_zero());
+    for (int64_t d = 0; d < D; d += 4) {
+        bytes k[4];
+        for (int v = 0; v < V; v++) {
+            const int64_t at = gp_byte_row(0, D, t + v * LANES) + gp_byte_step(0, d);
+            k[v] = bytes_load(keys.data + at, LANES);
+            if (v * LANES % GP_SLOTS == 0) fetch(keys.next + at, 64);
+        }
+        for (int r = 0; r < R; r++) {
+            const quad x = quad_load(&q[r].x, d);
+            for (int v = 0; v < V; v++) sum[r * V + v] = sums_dot(sum[r * V + v], k[v], x);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++)
+            lanes_store(lanes_of(sum[r * V + v]), q[r].bias, q[r].scale, s + r * SCORES + keys.t + t + v * LANES);
+}
+
+INLINE void score_bytes_run(run keys, int64_t D, const factors *q, int R, float *s)
+{
+    const int64_t n = gp_ceil_div(keys.n, LANES) * LANES, width = BYTE_STRIP(R) * LANES;
+    int64_t t = 0;
+    for (; t + width <= n; t += width) score_slots(keys, t, D, q, R, BYTE_STRIP(R), s);
+    for (; t < n; t += LANES) score_slots(keys, t, D, q, R, 1, s);
+}
+
+/* total[r][d / LANES ...] += sum over a run of w v, for V registers of elements. */
+INLINE void bytes_strip(run values, int64_t D, int64_t d, int64_t left, const factors *w, int R, int V,
+                        lanes (*total)[GP_HEAD_DIM_MAX / LANES])
+{
+    sums sum[BYTE_TILE];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sum[r * V + v] = sums_of(total[r][d / LANES + v]);
+    for (int64_t t = 0; t < values.n; t += 4) {
+        const int64_t at = gp_byte_row(1, D, t) + gp_byte_step(1, d);
+        bytes y[4];
+        fetch(values.next + at, V * LANES * 4);
+        for (int v = 0; v < V; v++) y[v] = bytes_load(values.data + at + v * LANES * 4, left);
+        for (int r = 0; r < R; r++) {
+            const quad x = quad_load(&w[r].x, values.t + t);
+            for (int v = 0; v < V; v++) sum[r * V + v] = sums_dot(sum[r * V + v], y[v], x);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) total[r][d / LANES + v] = lanes_of(sum[r * V + v]);
+}
+
+INLINE void bytes_run(run values, int64_t D, const factors *w, int R, lanes (*total)[GP_HEAD_DIM_MAX / LANES])
+{
+    const int64_t width = BYTE_STRIP(R) * LANES;
+    int64_t d = 0;
+    for (; d + width <= D; d += width) bytes_strip(values, D, d, LANES, w, R, BYTE_STRIP(R), total);
+    for (; d + LANES <= D; d += LANES) bytes_strip(values, D, d, LANES, w, R, 1, total);
+    if (d < D) bytes_strip(values, D, d, D - d, w, R, 1, total);
+}
+
+/* Slots are scored in whole tiles, and weighed in whole fours: what that takes in of slots that none of the
+ * rows sees is not used, or has the weight 0. */
+INLINE void attend_byte_rows(const gp_attend *a, int64_t first, int R, const float *k_scale,
+                             const float *v_scale)
+{
+    const int64_t D = a->pages->D;
+    const gp_span any = seen_by_any(a, first, R);
+    float scores[ROWS * SCORES], *s = scores + 16, out[GP_HEAD_DIM_MAX];
+    factors q[ROWS], w[ROWS];
+    lanes total[ROWS][GP_HEAD_DIM_MAX / LANES];
+    quantize_queries(a, first, R, q);
+    for (int r = 0; r < R; r++)
+        for (int64_t d = 0; d < D; d += LANES) total[r][d / LANES] = lanes_zero();
+    for (int64_t slot = any.begin - any.begin % GP_SLOTS; slot < any.end;) {
+        const run keys = run_at(a, any, 0, slot);
+        score_bytes_run(keys, D, q, R, s);
+        slot += keys.n;
+    }
+    weigh(a, first, R, s, k_scale, v_scale, w);
+    for (int64_t slot = any.begin - any.begin % 4; slot < any.end;) {
         const run values = run_at(a, any, 1, slot);
         bytes_run(values, D, w, R, total);
         slot += values.n;
@@ -179,8 +185,8 @@ INLINE void attend_byte_rows(const gp_attend *a, int64_t first, int R, const flo
             gp_saw_nothing(partial, D);
             continue;
         }
-        for (int64_t d = 0; d < D; d += WORDS)
-            words_store_floats(words_load(total[r] + d), words_load(total[r] + d + WORDS / 2), w_scale[r], out + d);
+        for (int64_t d = 0; d < D; d += LANES)
+            lanes_store(total[r][d / LANES], w[r].bias, w[r].scale, out + d);
         memcpy(partial, out, (size_t)D * sizeof(float));
     }
 }

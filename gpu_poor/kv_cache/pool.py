@@ -31,7 +31,7 @@ class PagePool:
             scale for each token and head).
         kv_memory: bytes, or "2GB"; no more is ever used. None: :data:`SHARE_OF_AVAILABLE` of what
             system and memory cgroup have left.
-        page_size: tokens to a page.
+        page_size: tokens to a page; of "int8" a multiple of 16.
 
     Raises:
         TypeError: no model, and no config of one.
@@ -57,6 +57,8 @@ class PagePool:
         self.kv_heads, self.head_dim = memory.kv_shape(config)
         if self.head_dim > ops.HEAD_DIM_MAX:
             raise ValueError(f"heads of {self.head_dim} are larger than {ops.HEAD_DIM_MAX}")
+        if format == "int8":
+            _check_tiles(page_size, self.head_dim)
         #: Of each layer how many tokens it sees; 0: all.
         self.windows = _windows(config)
         #: Tokens that some layer sees: the pages of those before are given back. 0: all.
@@ -167,6 +169,19 @@ class PagePool:
     def __reduce__(self):
         """Copied or pickled, with the model it belongs to, it is an empty one of its settings."""
         return PagePool, self._settings, {"shift": self.shift}
+
+
+def _check_tiles(page_size: int, head_dim: int) -> None:
+    """Raises ValueError unless int8 pages can have these sizes: csrc/gpu_poor.h has their order."""
+    floats = ", ".join(name for name in FORMATS if name != "int8")
+    if page_size % ops.SLOTS:
+        raise ValueError(
+            f"page_size={page_size}: int8 needs a multiple of {ops.SLOTS}; {floats} take any"
+        )
+    if head_dim % ops.FOUR:
+        raise ValueError(
+            f"heads of {head_dim}: int8 needs a multiple of {ops.FOUR}; {floats} take any"
+        )
 
 
 def _windows(config) -> list[int]:

@@ -7,7 +7,14 @@ written here, with the same result within float rounding. A file for each family
 Letters: M rows (tokens), N out features, K in features, G group size, P panels of 16 rows.
 """
 
-from gpu_poor.ops.attention import HEAD_DIM_MAX, paged_append, paged_attention, paged_gather
+from gpu_poor.ops.attention import (
+    FOUR,
+    HEAD_DIM_MAX,
+    SLOTS,
+    paged_append,
+    paged_attention,
+    paged_gather,
+)
 from gpu_poor.ops.common import ACTIVATIONS, FLOATS, Q_MAX
 from gpu_poor.ops.decoder import decoder_out, decoder_qkv, decoder_step
 from gpu_poor.ops.gptq import gptq
@@ -27,7 +34,9 @@ from gpu_poor.ops.stats import channel_stats, gram_
 __all__ = [
     "ACTIVATIONS",
     "FLOATS",
+    "FOUR",
     "HEAD_DIM_MAX",
+    "SLOTS",
     "Q_MAX",
     "channel_stats",
     "decoder_out",

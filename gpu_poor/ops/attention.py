@@ -1,9 +1,10 @@
 """Keys and values in pages: append, attention of a few tokens, gather (csrc/attention.c).
 
 ``pages`` ``[n, 2 (k, v), kv_heads, page_size, D]`` are float32, bfloat16, float16 or int8; int8
-ones have ``scales``, float16 ``[n, 2, kv_heads, page_size]``, one for each token and head. Slot
-s of sequence b lies in page ``block_table[b, s // page_size]``. Letters: B sequences, T new
-tokens, H query heads, D head dim.
+ones have ``scales``, float16 ``[n, 2, kv_heads, page_size]``, one for each token and head. Their
+bytes lie in an order of their own (``gp_pages`` in csrc/gpu_poor.h), for which page_size is a
+multiple of :data:`SLOTS` and D one of :data:`FOUR`. Slot s of sequence b lies in page
+``block_table[b, s // page_size]``. Letters: B sequences, T new tokens, H query heads, D head dim.
 """
 
 import math
@@ -16,6 +17,8 @@ from gpu_poor import isa
 from gpu_poor.ops import common
 
 HEAD_DIM_MAX = 512
+#: Of int8 pages: slots of a key's tile, and elements or slots that lie beside each other.
+SLOTS, FOUR = 16, 4
 
 
 def _dense_pages(t: Tensor) -> bool:
@@ -38,6 +41,13 @@ def _check_layer(op: str, pages: Tensor, scales: Tensor | None) -> None:
     int8 = pages.dtype == torch.int8
     if not int8:
         common.check_float(op, "pages", pages.dtype)
+    torch._check(
+        not int8 or (pages.shape[3] % SLOTS == 0 and pages.shape[4] % FOUR == 0),
+        lambda: (
+            f"{op}: int8 pages need a page_size that is a multiple of {SLOTS} and a head_dim that "
+            f"is one of {FOUR}, got {pages.shape[3]} and {pages.shape[4]}"
+        ),
+    )
     torch._check(
         scales is None
         if not int8
@@ -136,6 +146,20 @@ def _slots(pages: Tensor, block_table: Tensor, at: Tensor) -> tuple[Tensor, Tens
     return page.clamp(0, max(len(pages) - 1, 0)), at % size
 
 
+def _tiles(pages: Tensor, part: int) -> Tensor:
+    """int8 keys ``[n, kv_heads, page_size / 16, D / 4, 16, 4]``, or values ``[.., / 4, D, 4]``."""
+    n, _, heads, size, d = pages.shape
+    if part:
+        return pages[:, 1].view(n, heads, size // FOUR, d, FOUR)
+    return pages[:, 0].view(n, heads, size // SLOTS, d // FOUR, SLOTS, FOUR)
+
+
+def _place(tiles: Tensor, page: Tensor, place: Tensor) -> tuple:
+    """The index of slots ``[B, n]``: rows ``[B, n, kv_heads, D]``, of keys with D in fours."""
+    slots = tiles.shape[4]
+    return page, slice(None), place // slots, slice(None), place % slots
+
+
 def _append_torch(pages, scales, k, v, block_table, lengths, shift) -> None:
     _check_append(pages, scales, k, v, block_table, lengths, shift)
     k = k.float() if shift is None else k.float() - shift
@@ -143,9 +167,13 @@ def _append_torch(pages, scales, k, v, block_table, lengths, shift) -> None:
     page, place = _slots(pages, block_table, at)
     for part, x in enumerate((k, v)):
         rows, scale = _rows(x, pages)
-        pages[page, part, :, place] = rows
-        if scale is not None:
-            scales[page, part, :, place] = scale
+        if scale is None:
+            pages[page, part, :, place] = rows
+            continue
+        tiles = _tiles(pages, part)
+        rows = rows.view(*rows.shape[:3], *tiles.shape[3:4], *tiles.shape[5:])
+        tiles[_place(tiles, page, place)] = rows ^ -128  # q + 128, unsigned
+        scales[page, part, :, place] = scale
 
 
 def _gather_torch(pages, scales, block_table, length, dtype, first=0) -> tuple[Tensor, Tensor]:
@@ -154,9 +182,13 @@ def _gather_torch(pages, scales, block_table, length, dtype, first=0) -> tuple[T
     page, place = _slots(pages, block_table, at.expand(block_table.shape[0], -1))
     parts = []
     for part in range(2):
-        x = pages[page, part, :, place].float()  # [B, L, kv_heads, D]
-        if scales is not None:
-            x = x * scales[page, part, :, place].float()[..., None]
+        if scales is None:
+            x = pages[page, part, :, place].float()  # [B, L, kv_heads, D]
+        else:
+            tiles = _tiles(pages, part)
+            q = (tiles[_place(tiles, page, place)] ^ -128).float()
+            scale = scales[page, part, :, place].float()
+            x = q.view(*scale.shape, pages.shape[4]) * scale[..., None]
         parts.append(F.pad(x.to(dtype).transpose(1, 2), (0, 0, first, 0)).contiguous())
     return parts[0], parts[1]
 

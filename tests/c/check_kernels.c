@@ -526,14 +526,17 @@ static void check_attention(const gp_impl *impl, gp_dtype type, int64_t rows, in
         fill_floats(data, type, n_pages * page * D);
         fill_halves(scales, n_pages * page);
         for (int64_t i = 0; i < n_pages * page; i++) scales[i] &= 0x3fff; /* none is negative */
+        for (int64_t slot = 0; slot < n_pages * page_size; slot++) /* stale, where nothing is to be seen */
+            for (int row = 0; row < 2 * HEADS && (slot < begin || slot >= end); row++)
+                scales[(n_pages - 1 - slot / page_size) * page + row * page_size + slot % page_size] = 0x7e00;
         fill_floats(q, GP_F32, rows * D);
         if (special == 1) q[0] = NAN, q[rows * D - 1] = INFINITY;
         if (special == 2) memset(q, 0, (size_t)D * 4), q[rows * D - 1] = 1e-35f;
         uint16_t *first = scales + (n_pages - 1 - begin / page_size) * page + HEAD * page_size + begin % page_size;
         if (special == 3) first[0] = 0, first[HEADS * page_size] = 0;
         if (special == 4) first[(int)rows % 2 * HEADS * page_size] = 0x7e00; /* a NaN: of a key, or a value */
-        if (special == 5) { /* the largest sums */
-            memset(data, 0x80, (size_t)(n_pages * page * D) * size_of(type));
+        if (special == 5) { /* the largest sums: bytes of -128 */
+            memset(data, 0, (size_t)(n_pages * page * D) * size_of(type));
             for (int64_t i = 0; i < rows * D; i++) q[i] = 1;
         }
         for (int64_t i = 0; i < n_pages; i++) table[i] = (int32_t)(n_pages - 1 - i);
@@ -632,10 +635,12 @@ int main(int argc, char **argv)
             for (int d = 0; d < 10; d++)
                 for (int64_t rows = 1; rows <= 7; rows++) {
                     static const int64_t sizes_of_pages[] = {1, 16, 48, 64, 256};
-                    const int64_t page_size = sizes_of_pages[(d + rows) % 5];
+                    const int bytes = type == GP_I8;
+                    const int64_t page_size = gp_max(sizes_of_pages[(d + rows) % 5], bytes ? GP_SLOTS : 1);
+                    const int64_t D = bytes ? gp_ceil_div(dims[d], 4) * 4 : dims[d];
                     const int64_t n = 1 + (37 * rows + 29 * d) % GP_CHUNK, begin = (11 * rows) % 70;
-                    const int special = type == GP_I8 ? (int)(d + 2 * rows) % 6 : 0;
-                    check_attention(&table, (gp_dtype)type, rows, dims[d], page_size, begin, begin + n, special);
+                    const int special = bytes ? (int)(d + 2 * rows) % 6 : 0;
+                    check_attention(&table, (gp_dtype)type, rows, D, page_size, begin, begin + n, special);
                 }
         }
         /* Wide enough for every loop of the packed linear: panels, chunks of K, blocks of tokens. */

@@ -17,11 +17,11 @@ W4, S4 = ops.grouped_quantize(heavy_tailed(20, 30, seed=1), 32)
 A4, M4 = ops.grouped_quantize(heavy_tailed(20, 30, seed=1), 32, asymmetric=True)
 W8, S8 = ops.grouped_quantize(heavy_tailed(20, 30, seed=1), 32, bits=8)
 
-PAGES = torch.randint(-127, 128, (5, 2, 2, 4, 6), dtype=torch.int8)
-SCALES = torch.rand(5, 2, 2, 4).half() / 100
+PAGES = torch.randint(-128, 128, (5, 2, 2, 16, 8), dtype=torch.int8)
+SCALES = torch.rand(5, 2, 2, 16).half() / 100
 TABLE = torch.tensor([[4, 0, 2], [1, 3, 0]], dtype=torch.int32)
-LENGTHS = torch.tensor([7, 5], dtype=torch.int32)
-Q, KV = heavy_tailed(2, 3, 4, 6), heavy_tailed(2, 3, 2, 6)
+LENGTHS = torch.tensor([19, 5], dtype=torch.int32)
+Q, KV = heavy_tailed(2, 3, 4, 8), heavy_tailed(2, 3, 2, 8)
 
 SAMPLES = {
     "int8_quantize": [(X,), (X.bfloat16(),), (X.view(2, 3, 30),), (X[:0],)],
@@ -88,7 +88,7 @@ SAMPLES = {
         (X[:0], torch.eye(30), torch.eye(30), 8, -8, 7, False, True, 1),
     ],
     "paged_append": [
-        (PAGES, SCALES, KV, KV, TABLE, LENGTHS, torch.rand(2, 6)),
+        (PAGES, SCALES, KV, KV, TABLE, LENGTHS, torch.rand(2, 8)),
         (PAGES.bfloat16(), None, KV.half(), KV.half(), TABLE, LENGTHS, None),
         (PAGES, SCALES, KV[:, :0], KV[:, :0], TABLE, LENGTHS, None),
     ],
@@ -98,8 +98,8 @@ SAMPLES = {
         (Q[:, :0], PAGES, SCALES, TABLE, LENGTHS, None, 0.3, 0),
     ],
     "paged_gather": [
-        (PAGES, SCALES, TABLE, 10, torch.float32, 0),
-        (PAGES, SCALES, TABLE, 10, torch.float32, 4),
+        (PAGES, SCALES, TABLE, 40, torch.float32, 0),
+        (PAGES, SCALES, TABLE, 40, torch.float32, 18),
         (PAGES.float(), None, TABLE, 0, torch.bfloat16, 0),
     ],
     "channel_stats": [(X,), (X.view(2, 3, 30).bfloat16(),)],
