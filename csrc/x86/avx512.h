@@ -13,6 +13,11 @@
 #endif
 #define INLINE GP_INLINE TARGET
 
+/* How weights that are read once a token are prefetched: into L1 alone, so that what runs between the tokens,
+ * Python above all, stays in the other caches. Zen 5, ms a token through generate, in turn with T0: GPT-2-large
+ * int8 19.7 for 20.6, TinyLlama int4 15.0 for 15.7. */
+#define STREAM_HINT _MM_HINT_NTA
+
 INLINE __m512 load16(const void *x, gp_dtype type, int64_t i, __mmask16 mask)
 {
     if (type == GP_F32) return _mm512_maskz_loadu_ps(mask, (const float *)x + i);

@@ -48,7 +48,7 @@ INLINE void grouped_tile(const gp_grouped_linear *a, grouped_shape s, int64_t p,
                         high = _mm512_and_si512(_mm512_srli_epi16(q, 4), fifteen);
                         q = _mm512_and_si512(q, fifteen);
                     }
-                    if (ahead) _mm_prefetch((const char *)line + GROUPED_AHEAD, _MM_HINT_T0);
+                    if (ahead) _mm_prefetch((const char *)line + GROUPED_AHEAD, STREAM_HINT);
                     for (int r = 0; r < R; r++) {
                         const int8_t *xr = xk + r * a->K_pad;
                         acc[i][r] = dpbusd_broadcast(acc[i][r], q, xr);
@@ -116,7 +116,7 @@ INLINE void grouped_float_tile(const gp_grouped_float_linear *a, grouped_shape s
                                            b * GP_BLOCK_BYTES(bits);
                     __m512 q = weights_of(block, k, bits, zero);
                     if (ahead && k % (32 / bits) == 0) /* once a line */
-                        _mm_prefetch((const char *)block + 2 * bits * k + GROUPED_AHEAD, _MM_HINT_T0);
+                        _mm_prefetch((const char *)block + 2 * bits * k + GROUPED_AHEAD, STREAM_HINT);
                     for (int v = 0; v < V; v++)
                         d[i][v] = _mm512_fmadd_ps(
                             _mm512_set1_ps(x[v * a->K_pad + b * GP_BLOCK + k]), q, d[i][v]);

@@ -174,7 +174,7 @@ INLINE void dot_tile(const int8_t *const w[4], const int8_t *x, int64_t x_stride
     for (; k + 64 <= K; k += 64) {
         dot_step(w, ~0ull, x, x_stride, k, V, acc);
         if (V <= STREAM_ROWS)
-            for (int r = 0; r < 4; r++) prefetch_stream(w[r] + k);
+            for (int r = 0; r < 4; r++) PREFETCH_STREAM(w[r] + k);
     }
     if (k < K) dot_step(w, ~0ull >> (64 - (K - k)), x, x_stride, k, V, acc);
     for (int v = 0; v < V; v++) out[v] = sum4(acc[v]);
@@ -202,7 +202,7 @@ INLINE void float_tile(const int8_t *const w[4], gp_dtype type, const float *x, 
         __m512 wk[4];
         for (int r = 0; r < 4; r++) {
             wk[r] = load16(w[r], type, k, mask);
-            if (V <= STREAM_ROWS && k * size % 64 == 0) prefetch_stream(w[r] + k * size);
+            if (V <= STREAM_ROWS && k * size % 64 == 0) PREFETCH_STREAM(w[r] + k * size);
         }
         for (int v = 0; v < V; v++) {
             __m512 xk = _mm512_loadu_ps(x + v * x_stride + k);

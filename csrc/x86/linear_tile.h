@@ -6,7 +6,7 @@
  *     exact(sum, x_sum)                            its integer dot product
  *     float_tile(w[4], type, ...)                  the same with float activations; w of any type
  *
- * and STREAM_ROWS, up to how many activation rows the weights are read as streams.
+ * STREAM_ROWS, up to how many activation rows the weights are read as streams, and STREAM_HINT.
  */
 #ifndef GPU_POOR_LINEAR_TILE_H
 #define GPU_POOR_LINEAR_TILE_H
@@ -18,10 +18,7 @@
 /* With each line read of a stream. Two threads, of a best read loop of 33.4 GB/s, a16, M = 1 and 2:
  * no prefetch 29.6 and 27.2, from 512 bytes ahead 32.8 and 28, from 2048 33.8 and 33.0; one stream
  * in place of four, prefetched into L2 too, 28. Beyond the end it is harmless: it never faults. */
-GP_INLINE void prefetch_stream(const int8_t *w)
-{
-    _mm_prefetch((const char *)w + 2048, _MM_HINT_T0);
-}
+#define PREFETCH_STREAM(w) _mm_prefetch((const char *)(w) + 2048, STREAM_HINT)
 
 /* Activation rows to a block: 512 KB of them, a multiple of V_MAX (an even number: both planes).
  * Of all rows at once, 2 MB, AVX512-VNNI made 0.28 TOPS a core; of 128 KB 0.55, 512 KB 0.60. */
