@@ -303,6 +303,7 @@ def test_gradients_and_foreign_shapes_are_refused():
         (dict(kv_memory="100B"), "less than a page"),
         (dict(page_size=0), "page_size"),
         (dict(page_size="64"), "page_size"),
+        (dict(page_size=True, format="fp32"), "page_size must be a number of tokens"),
         (dict(page_size=24), "page_size=24: int8 needs a multiple of 16; fp32, bf16, fp16 take"),
     ],
     ids=str,

@@ -50,7 +50,7 @@ class PagePool:
         config = found.get_text_config(decoder=True)
         if format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-        if not isinstance(page_size, int) or not 1 <= page_size <= 2**16:
+        if type(page_size) is not int or not 1 <= page_size <= 2**16:
             raise ValueError(f"page_size must be a number of tokens up to 65536, got {page_size!r}")
         self.config, self.format, self.page_size = config, format, page_size
         self._settings = config, format, kv_memory, page_size
