@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from gpu_poor import ops
 from gpu_poor.fusion.architectures import ARCHITECTURES
-from gpu_poor.fusion.binding import CAPTURING, Binding, bind, entry_of, original
+from gpu_poor.fusion.binding import CAPTURING, Binding, at_home, bind, entry_of, original
 
 #: Where a module keeps its binding, and why its last call was not fused: in no state_dict or copy.
 BINDING, LAST = "_gp_binding", "_gp_last"
@@ -191,6 +191,12 @@ def forward_like(cls: type, function):
         return function(self, *args, **kwargs)
 
     return forward
+
+
+def replaced(cls: type) -> bool:
+    """Whether a fused class was made from one whose forward is now another, or not its own."""
+    own = original(cls).forward
+    return getattr(cls.forward, "__wrapped__", None) is not own or not at_home(own)
 
 
 def subclass(cls: type, body: dict) -> type:

@@ -22,6 +22,7 @@ from gpu_poor.fusion.blocks import (
     forward_like,
     kept,
     parameters_after,
+    replaced,
     subclass,
     unable,
     unsuited,
@@ -188,6 +189,8 @@ def _run(binding: Binding, cache, x: Tensor, cos: Tensor | None, sin: Tensor | N
 
 
 def _unsuitable(model: nn.Module, cache, call: dict) -> str | None:
+    if replaced(type(model)):
+        return "its class has another forward than transformers'"
     kv_cache = sys.modules.get("gpu_poor.kv_cache")
     if kv_cache is None or not isinstance(cache, kv_cache.PagedKVCache):
         found = "there is no cache" if cache is None else f"the cache is a {type(cache).__name__}"
