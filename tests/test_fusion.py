@@ -243,7 +243,24 @@ def test_an_interrupted_step_leaves_the_cache_as_it_was(monkeypatch):
             patch.setattr(ops, "decoder_step", interrupted)
             model(ids[:, 10:], past_key_values=cache)
         assert cache.get_seq_length() == 10
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(PagedKVCache, "advance", interrupted)  # it may come between any two lines
+            calls[1:] = []
+            step = PagedKVCache.advance
+            model(ids[:, 10:], past_key_values=cache)
+        assert cache.get_seq_length() == 10
         assert torch.equal(model(ids[:, 10:], past_key_values=cache).logits, want[:, 10:])
+
+
+def test_an_embedding_is_looked_up_once():
+    """Its hooks are called as often as without, where a hook inside makes it no step, too."""
+    model, ids, calls = make("llama"), tokens(1, 3), []
+    model.model.embed_tokens.register_forward_hook(lambda *args: calls.append("embedding"))
+    generate(model, ids, new=2)
+    model.model.layers[0].mlp.register_forward_hook(lambda *args: None)
+    generate(model, ids, new=2)
+    assert step_reason(model) == "a module inside has a hook"
+    assert calls == 4 * ["embedding"]
 
 
 # -- the model stays what it was ------------------------------------------------------------------

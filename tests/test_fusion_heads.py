@@ -16,7 +16,9 @@ from gpu_poor import ops
 from gpu_poor.fusion import heads
 from gpu_poor.fusion.architectures import HEADS
 from gpu_poor.fusion.binding import original
+from gpu_poor.fusion.decoders import decoder_class
 from gpu_poor.kv_cache import PagedKVCache
+from gpu_poor.kv_cache.generating import generating_class
 
 
 @pytest.fixture(params=FAMILIES)
@@ -113,6 +115,27 @@ def test_hooks_and_patches_around_the_decoder_are_called(short):
     assert not any(short)
     step(model, tokens(1, 1), own=False)
     assert short[-1]
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("part", ["", "model"])
+def test_a_patched_class_is_called(short, monkeypatch, part, early):
+    """As other packages do it, before or after the model is fused."""
+    model, calls = make("llama", fused=not early), []
+    cls = original(type(model.get_submodule(part)))
+    usual = cls.forward
+
+    def patched(*args, **kwargs):
+        calls.append(part)
+        return usual(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "forward", patched)
+        made = decoder_class if part else generating_class
+        made.cache_clear()  # as in a process whose first model is this one
+        step(gpu_poor.fuse(model), tokens(1, 1), own=False)
+        made.cache_clear()
+    assert calls == 2 * [part] and not any(short)  # prompt and step
 
 
 def test_a_hook_on_the_head_or_on_the_last_norm_is_called(short):

@@ -107,9 +107,10 @@ class Watch:
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
-        home = original(type(module)).forward.__module__ or ""
-        if home.partition(".")[0] not in _HOMES:
-            raise NotFused(f"{path} is {type(module).__name__}, with a forward of {home}")
+        forward = original(type(module)).forward
+        if not at_home(forward):
+            of = forward.__module__ or ""
+            raise NotFused(f"{path} is {type(module).__name__}, with a forward of {of}")
         patch = self.read(module.__dict__, "forward")
         if patch is not None and getattr(patch, "__func__", None) is not type(module).forward:
             raise NotFused(f"{path} has a forward of its own")
@@ -142,6 +143,11 @@ class Binding:
 
     def requires_grad(self) -> bool:
         return any(tensor.requires_grad for tensor in self.tensors)
+
+
+def at_home(forward) -> bool:
+    """Whether a forward does what its class's name says."""
+    return (forward.__module__ or "").partition(".")[0] in _HOMES
 
 
 def hooks_of(module: nn.Module) -> list[dict]:

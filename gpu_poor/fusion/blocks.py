@@ -16,10 +16,11 @@ from torch.autograd import forward_ad
 
 from gpu_poor import ops
 from gpu_poor.fusion.architectures import ARCHITECTURES
-from gpu_poor.fusion.binding import CAPTURING, Binding, bind, entry_of, original
+from gpu_poor.fusion.binding import CAPTURING, Binding, at_home, bind, entry_of, original
 
 #: Where a module keeps its binding, and why its last call was not fused: in no state_dict or copy.
 BINDING, LAST = "_gp_binding", "_gp_last"
+_GRADIENTS = "gradients are wanted: call it under torch.no_grad()"
 
 
 def kept(module: nn.Module, bind: Callable[[nn.Module], Binding]) -> Binding:
@@ -38,12 +39,22 @@ def binding_of(block: nn.Module) -> Binding:
 
 def refusal(binding: Binding, x: Tensor) -> str | None:
     """Why what is bound can't take its fused path in this call."""
-    if binding.reason:
-        return binding.reason
+    return unable(binding) or unsuited(x)
+
+
+def unsuited(x: Tensor) -> str | None:
+    """Why no fused path takes these hidden states."""
     if type(x) is not Tensor or x.dim() != 3 or x.dtype not in ops.FLOATS or not x.is_cpu:
         return f"hidden states are {x.dtype} {tuple(x.shape)} on {x.device.type}"
-    if torch.is_grad_enabled() and (x.requires_grad or binding.requires_grad()):
-        return "gradients are wanted: call it under torch.no_grad()"
+    return _GRADIENTS if torch.is_grad_enabled() and x.requires_grad else None
+
+
+def unable(binding: Binding) -> str | None:
+    """:func:`refusal`, whatever the hidden states are."""
+    if binding.reason:
+        return binding.reason
+    if torch.is_grad_enabled() and binding.requires_grad():
+        return _GRADIENTS
     if torch.is_autocast_enabled("cpu"):
         return "autocast"
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
@@ -180,6 +191,12 @@ def forward_like(cls: type, function):
         return function(self, *args, **kwargs)
 
     return forward
+
+
+def replaced(cls: type) -> bool:
+    """Whether a fused class was made from one whose forward is now another, or not its own."""
+    own = original(cls).forward
+    return getattr(cls.forward, "__wrapped__", None) is not own or not at_home(own)
 
 
 def subclass(cls: type, body: dict) -> type:

@@ -22,8 +22,10 @@ from gpu_poor.fusion.blocks import (
     forward_like,
     kept,
     parameters_after,
-    refusal,
+    replaced,
     subclass,
+    unable,
+    unsuited,
 )
 from gpu_poor.fusion.company import follow
 
@@ -120,8 +122,10 @@ def step(model: nn.Module, call: dict) -> Tensor | str:
     if reason := _unsuitable(model, cache, call):
         return reason
     binding = decoder_binding_of(model)
-    if binding.reason:
-        return binding.reason
+    if reason := unable(binding):  # before the embedding, which the model's own calls again
+        return reason
+    if wanted := captured():
+        return f"output_{min(wanted)}"
     past = cache.layers[0].stored
     mask = call.get("attention_mask")
     starts = None
@@ -132,12 +136,10 @@ def step(model: nn.Module, call: dict) -> Tensor | str:
     names = type(model)._gp_entry.decoder
     if x is None:
         x = getattr(model, names.embedding)(ids)
-    if reason := refusal(binding, x):
+    if reason := unsuited(x):
         return reason
     if x.dtype != (dtype := binding.tensors[-1].dtype):
         return f"hidden states are {x.dtype}, the last norm's weight is {dtype}"
-    if wanted := captured():
-        return f"output_{min(wanted)}"
     position = call.get("position_ids")
     if position is None:
         position = torch.arange(past, past + tokens)[None]
@@ -147,7 +149,7 @@ def step(model: nn.Module, call: dict) -> Tensor | str:
     if names.rotary:
         cos, sin = getattr(model, names.rotary)(x, position_ids=position)
     cache.reserve(tokens, batch)
-    cache.starts = starts
+    before, cache.starts = cache.starts, starts
     size, parts = max(1, SLICE // max(batch, 1)), []
     try:
         for begin in range(0, max(tokens, 1), size):
@@ -156,8 +158,10 @@ def step(model: nn.Module, call: dict) -> Tensor | str:
                 given = (t if t is None else t[:, begin : begin + size] for t in given)
             parts.append(_run(binding, cache, *given))
             cache.advance(parts[-1].shape[1])
-    except BaseException:  # an interrupt too: as it was
-        cache.advance(-sum(y.shape[1] for y in parts))
+    except BaseException:  # an interrupt too, wherever it comes: as it was
+        for layer in cache.layers:
+            layer.stored = past
+        cache.starts = before
         raise
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -185,6 +189,8 @@ def _run(binding: Binding, cache, x: Tensor, cos: Tensor | None, sin: Tensor | N
 
 
 def _unsuitable(model: nn.Module, cache, call: dict) -> str | None:
+    if replaced(type(model)):
+        return "its class has another forward than transformers'"
     kv_cache = sys.modules.get("gpu_poor.kv_cache")
     if kv_cache is None or not isinstance(cache, kv_cache.PagedKVCache):
         found = "there is no cache" if cache is None else f"the cache is a {type(cache).__name__}"
